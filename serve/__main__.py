@@ -1,0 +1,51 @@
+"""The command line: `onnxedge serve`, `onnxedge infer`, `onnxedge providers`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+from serve import __version__
+from serve.process import keep_large_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_USAGE = """\
+usage: onnxedge COMMAND [flags]
+
+  serve      serve a model repository over gRPC     onnxedge serve --model-repository models/
+  infer      classify an image with a served model  onnxedge infer mobilenet --image boot.png
+  providers  what this device can run graphs on     onnxedge providers
+
+`onnxedge COMMAND --help` lists a command's flags. Flags without a command are those of serve, as with
+tritonserver.
+"""
+_COMMANDS = {"serve": "serve.server", "infer": "serve.client", "providers": "serve.providers"}
+_USAGE_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words in (["--version"], ["version"]):
+        print(f"onnxedge {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_USAGE, end="")
+        return 0 if words else _USAGE_ERROR
+    if words[0].startswith("-"):
+        words.insert(0, "serve")
+    if words[0] not in _COMMANDS:
+        print(f"onnxedge: unknown command {words[0]!r}\n{_USAGE}", end="", file=sys.stderr)
+        return _USAGE_ERROR
+    # Imported here and not above: the allocator must be set before grpc is loaded, and a client needs no
+    # onnxruntime.
+    keep_large_blocks()
+    status: int = importlib.import_module(_COMMANDS[words[0]]).main(words[1:])
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

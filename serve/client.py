@@ -1,0 +1,145 @@
+"""`onnxedge infer`: classify an image with any server that speaks the protocol."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+
+from serve.codec import decode_tensor, encode_tensor
+from serve.datatypes import DATATYPES
+from serve.pb import grpc_service_pb2 as pb
+from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Name to what is subtracted from a pixel (0 to 255) and what the difference is divided by, per channel.
+_SCALINGS: dict[str, tuple[Any, Any]] = {
+    "none": (0.0, 1.0),
+    "unit": (0.0, 255.0),
+    "inception": (127.5, 127.5),
+    "imagenet": (
+        255 * np.array([0.485, 0.456, 0.406]),
+        255 * np.array([0.229, 0.224, 0.225]),
+    ),
+}
+_CHANNELS = {1: "L", 3: "RGB"}
+_IMAGE_RANK = 3
+
+
+class InferError(Exception):
+    """The image can't be sent to this model; the message says why."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the top classes of an image; the exit status."""
+    options = _parse(arguments)
+    try:
+        with grpc.insecure_channel(options.url) as channel:
+            scores = classify_image(GRPCInferenceServiceStub(channel), options)
+    except grpc.RpcError as error:
+        print(f"onnxedge infer: {options.url}: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    except (InferError, OSError) as error:
+        print(f"onnxedge infer: {error}", file=sys.stderr)
+        return 1
+    for text in scores:
+        score, index, *label = text.decode().split(":", 2)
+        print(f"{float(score):10.4f}  {label[0] if label else index}")
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="onnxedge infer", description=__doc__)
+    parser.add_argument("model", help="the model's name")
+    parser.add_argument("--image", type=Path, required=True, help="a file that Pillow reads")
+    parser.add_argument("--url", "-u", default="localhost:8001", help="the server (default: %(default)s)")
+    parser.add_argument("--version", "-x", default="", help="model version (default: the latest)")
+    parser.add_argument("--top", "-c", type=int, default=5, help="classes to print (default: %(default)s)")
+    parser.add_argument(
+        "--scaling",
+        "-s",
+        choices=tuple(_SCALINGS),
+        help="what a float input wants its pixels to be: as they are, 0 to 1, -1 to 1, ImageNet's mean 0",
+    )
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def classify_image(stub: Any, options: argparse.Namespace) -> list[bytes]:
+    """The top classes as the classification extension writes them: "score:index:label".
+
+    Args:
+        stub: of GRPCInferenceService.
+        options: model, version, image, top, scaling and timeout, as `main` parses them.
+
+    Raises:
+        InferError: the model has no image input, or the image can't be read.
+        grpc.RpcError: the server refused.
+    """
+    metadata = stub.ModelMetadata(
+        pb.ModelMetadataRequest(name=options.model, version=options.version), timeout=options.timeout
+    )
+    if len(metadata.inputs) != 1:
+        raise InferError(f"model '{options.model}' has {len(metadata.inputs)} inputs, an image fills one")
+    spec = metadata.inputs[0]
+    array = image_array(options.image, spec, options.scaling)
+    request = pb.ModelInferRequest(model_name=options.model, model_version=options.version)
+    request.inputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
+    request.raw_input_contents.append(bytes(encode_tensor(DATATYPES[spec.datatype], array)))
+    output = request.outputs.add(name=metadata.outputs[0].name)
+    output.parameters["classification"].int64_param = options.top
+    response = stub.ModelInfer(request, timeout=options.timeout)
+    shape = tuple(response.outputs[0].shape)
+    return list(decode_tensor("", DATATYPES["BYTES"], shape, response.raw_output_contents[0]).flat)
+
+
+def image_array(path: Path, spec: Any, scaling: str | None) -> np.ndarray:
+    """An image file as a model's input: [H, W, C] or [C, H, W], with a batch axis of 1 where it has one.
+
+    Raises:
+        InferError: the input isn't shaped like an image, is a float and no scaling was named, or the file
+            can't be read as an image.
+    """
+    shape = tuple(spec.shape)
+    channels_last = shape[-1:] and shape[-1] in _CHANNELS
+    channels = shape[-1] if channels_last else shape[-_IMAGE_RANK] if len(shape) >= _IMAGE_RANK else 0
+    if len(shape) not in (_IMAGE_RANK, _IMAGE_RANK + 1) or channels not in _CHANNELS:
+        raise InferError(
+            f"input '{spec.name}' has shape {list(shape)}, expected [H, W, 1 or 3] or [1 or 3, H, W]"
+        )
+    if spec.datatype not in ("UINT8", "FP32", "FP16"):
+        raise InferError(f"input '{spec.name}' is {spec.datatype}, expected UINT8, FP32 or FP16")
+    if spec.datatype != "UINT8" and scaling is None:
+        raise InferError(
+            f"input '{spec.name}' is {spec.datatype}: name its --scaling, {', '.join(_SCALINGS)}"
+        )
+    height, width = shape[-3:-1] if channels_last else shape[-2:]
+    pixels = _read_pixels(path, _CHANNELS[channels], height, width)
+    mean, divisor = _SCALINGS[scaling or "none"]
+    array: np.ndarray = ((pixels - mean) / divisor).astype(DATATYPES[spec.datatype].dtype)
+    if not channels_last:
+        array = array.transpose(2, 0, 1)
+    return array[None] if len(shape) > _IMAGE_RANK else array
+
+
+def _read_pixels(path: Path, mode: str, height: int, width: int) -> np.ndarray:
+    """Pixels [H, W, C] from 0 to 255; a height or width of -1 is the image's own."""
+    try:
+        from PIL import Image, UnidentifiedImageError  # noqa: PLC0415 - an extra that only this command needs
+    except ImportError as error:
+        raise InferError("Pillow is not installed: pip install 'onnxedge[images]'") from error
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert(mode)
+    except UnidentifiedImageError as error:
+        raise InferError(f"{path} is not an image that Pillow reads") from error
+    size = (width if width > 0 else image.width, height if height > 0 else image.height)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(image, dtype=np.float64).reshape(size[1], size[0], -1)

@@ -1,0 +1,57 @@
+"""What can go wrong with a request, one class per gRPC status (the mapping of Triton's error codes)."""
+
+
+class ServeError(Exception):
+    """An error whose message is meant for the client.
+
+    Attributes:
+        code: name of the gRPC status code that a transport answers with.
+    """
+
+    code = "UNKNOWN"
+
+
+class InvalidArgumentError(ServeError):
+    """The request can't be right, whatever the state of the server."""
+
+    code = "INVALID_ARGUMENT"
+
+
+class NotFoundError(ServeError):
+    """The request names a model or version that is not here."""
+
+    code = "NOT_FOUND"
+
+
+class UnavailableError(ServeError):
+    """The request may succeed later or on another server: retry."""
+
+    code = "UNAVAILABLE"
+
+
+class UnsupportedError(ServeError):
+    """The request asks for something that this server doesn't do."""
+
+    code = "UNIMPLEMENTED"
+
+
+class InternalError(ServeError):
+    """The model failed while it ran."""
+
+    code = "INTERNAL"
+
+
+class CanceledError(ServeError):
+    """The client gave the request up."""
+
+    code = "CANCELLED"
+
+
+class DeadlineExceededError(ServeError):
+    """The request's deadline passed before its answer was there."""
+
+    code = "DEADLINE_EXCEEDED"
+
+
+class ModelLoadError(Exception):
+    """A model version can't be served; the message says why and what to do."""

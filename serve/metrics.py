@@ -1,0 +1,108 @@
+"""Prometheus metrics under Triton's names, written from the exact statistics when they are asked for.
+
+The text is written here, not by prometheus-client, because that appends `_total` to every counter's name and
+Triton's counters have none; the process's own figures (memory, CPU, file descriptors) do come from it.
+Format: Prometheus text exposition 0.0.4.
+"""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+
+from serve.statistics import FAILURE_REASONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from serve.model import ModelVersion
+    from serve.repository import Repository
+
+_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_CLIENT_TIMEOUT_SECONDS = 10
+
+_COUNTERS: tuple[tuple[str, str, str], ...] = (
+    ("nv_inference_request_success", "success", "Requests answered"),
+    ("nv_inference_count", "inferences", "Batch rows inferred"),
+    ("nv_inference_exec_count", "executions", "Runs of the model"),
+)
+_DURATIONS: tuple[tuple[str, str, str], ...] = (
+    ("nv_inference_request_duration_us", "request_ns", "Time from receipt to answer"),
+    ("nv_inference_queue_duration_us", "queue_ns", "Time spent waiting for an instance"),
+    ("nv_inference_compute_input_duration_us", "compute_input_ns", "Time spent decoding inputs"),
+    ("nv_inference_compute_infer_duration_us", "compute_infer_ns", "Time spent running the model"),
+    ("nv_inference_compute_output_duration_us", "compute_output_ns", "Time spent on outputs"),
+)
+
+
+def exposition(repository: Repository) -> str:
+    """The metrics of every ready version as Prometheus text."""
+    versions = [(version, version.statistics.snapshot()) for version in repository]
+    lines: list[str] = []
+    for name, attribute, text in _COUNTERS:
+        samples = [(_labels(version), getattr(counts, attribute)) for version, counts in versions]
+        lines += _family(name, "counter", text, samples)
+    for name, attribute, text in _DURATIONS:
+        samples = [(_labels(version), getattr(counts, attribute) // 1000) for version, counts in versions]
+        lines += _family(name, "counter", f"{text}, cumulative, in microseconds", samples)
+    failures = [
+        (_labels(version, reason=reason), counts.failure[reason])
+        for version, counts in versions
+        for reason in FAILURE_REASONS
+    ]
+    lines += _family("nv_inference_request_failure", "counter", "Requests that failed, by reason", failures)
+    pending = [(_labels(version), version.pending) for version, _ in versions]
+    lines += _family("nv_inference_pending_request_count", "gauge", "Requests that wait", pending)
+    return "\n".join(lines) + "\n"
+
+
+def _family(name: str, kind: str, text: str, samples: Iterable[tuple[str, int]]) -> list[str]:
+    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *(f"{name}{{{k}}} {v}" for k, v in samples)]
+
+
+def _labels(version: ModelVersion, **more: str) -> str:
+    pairs = {"model": version.name, "version": str(version.version), **more}
+    return ",".join(f'{key}="{_escape(value)}"' for key, value in pairs.items())
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def start_metrics_server(repository: Repository, address: str, port: int) -> ThreadingHTTPServer:
+    """Serve /metrics from a thread until the returned server's `shutdown`.
+
+    Raises:
+        OSError: the address can't be bound.
+    """
+    process = CollectorRegistry()
+    ProcessCollector(registry=process)
+    server = ThreadingHTTPServer(
+        (address, port), _handler(lambda: exposition(repository).encode() + generate_latest(process))
+    )
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server
+
+
+def _handler(render: Callable[[], bytes]) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = _CLIENT_TIMEOUT_SECONDS
+
+        def do_GET(self) -> None:
+            if self.path.split("?")[0] != "/metrics":
+                self.send_error(404, "only /metrics is here")
+                return
+            body = render()
+            self.send_response(200)
+            self.send_header("Content-Type", _CONTENT_TYPE)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_args: object) -> None:
+            """Scrapes are not worth a log line each."""
+
+    return Handler

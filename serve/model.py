@@ -1,0 +1,188 @@
+"""One loaded model version: check → schedule → run → answer."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from concurrent.futures import Future, InvalidStateError
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from serve.classification import classify
+from serve.errors import (
+    CanceledError,
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    ServeError,
+)
+from serve.executor import Executor
+from serve.request import InferResponse, RequestedOutput, Tensor
+from serve.scheduler import QueuedRequest
+from serve.statistics import Statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from serve.model_config import ModelConfig, TensorSpec
+    from serve.request import Call, InferRequest
+    from serve.session import Session
+
+
+class ModelVersion:
+    """A model version that answers requests."""
+
+    def __init__(self, version: int, config: ModelConfig, session: Session, instances: int) -> None:
+        """Start to serve; `instances` runs at most go on at once."""
+        self.name = config.name
+        self.version = version
+        self.config = config
+        self.statistics = Statistics()
+        self._session = session
+        self._executor = Executor(f"{self.name}/{version}", instances, self._answer, self._drop)
+
+    @property
+    def pending(self) -> int:
+        """How many requests wait for an instance."""
+        return self._executor.pending
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The execution providers in use."""
+        return self._session.providers
+
+    def submit(self, request: InferRequest, call: Call, *, inline: bool) -> Future[InferResponse]:
+        """Check a request and have it run.
+
+        Args:
+            request: decoded, and meant for this version.
+            call: its deadline and cancellation.
+            inline: the caller will wait for the answer anyway, so its thread may run the graph.
+
+        Raises:
+            InvalidArgumentError: the request doesn't fit the model.
+        """
+        future: Future[InferResponse] = Future()
+        try:
+            self._check(request)
+        except InvalidArgumentError:
+            self.statistics.record_failure("OTHER")
+            raise
+        call.future = future
+        call.queued_ns = time.monotonic_ns()
+        self._executor.submit(QueuedRequest(request, call, future), inline=inline)
+        return future
+
+    def close(self) -> None:
+        """Answer what waits, then give the threads back."""
+        self._executor.close()
+
+    def _check(self, request: InferRequest) -> None:
+        specs = self.config.inputs
+        names = [tensor.name for tensor in request.inputs]
+        for tensor in request.inputs:
+            spec = specs.get(tensor.name)
+            if spec is None:
+                raise InvalidArgumentError(
+                    f"unexpected inference input '{tensor.name}' for model '{self.name}', "
+                    f"it has {list(specs)}"
+                )
+            spec.check(tensor)
+        if len(names) != len(specs) or len(set(names)) != len(names):
+            raise InvalidArgumentError(
+                f"model '{self.name}' expects each of the inputs {list(specs)} once, got {names}"
+            )
+        if self.config.max_batch_size:
+            self._check_batch(request.inputs)
+        for output in request.outputs:
+            if output.name not in self.config.outputs:
+                raise InvalidArgumentError(
+                    f"unexpected inference output '{output.name}' for model '{self.name}', "
+                    f"it has {list(self.config.outputs)}"
+                )
+
+    def _check_batch(self, inputs: Sequence[Tensor]) -> None:
+        sizes = {tensor.name: tensor.array.shape[0] for tensor in inputs}
+        batch = next(iter(sizes.values()))
+        if any(size != batch for size in sizes.values()):
+            raise InvalidArgumentError(f"model '{self.name}': inputs differ in batch size: {sizes}")
+        if not 1 <= batch <= self.config.max_batch_size:
+            raise InvalidArgumentError(
+                f"model '{self.name}': batch size {batch} is not in 1 to {self.config.max_batch_size} "
+                "(max_batch_size)"
+            )
+
+    def _answer(self, queued: QueuedRequest) -> None:
+        """Run a request and settle its future, whatever happens."""
+        future = queued.future
+        if not future.set_running_or_notify_cancel():
+            self.statistics.record_failure("CANCELED")
+            return
+        try:
+            response = self._run(queued.request, queued.call)
+        except CanceledError as error:
+            self._fail(future, "CANCELED", error)
+        except ServeError as error:
+            self._fail(future, "BACKEND", error)
+        except Exception as error:  # noqa: BLE001 - a waiter must never be left without an answer
+            self._fail(future, "BACKEND", InternalError(f"model '{self.name}': {error!r}"))
+        else:
+            future.set_result(response)
+
+    def _run(self, request: InferRequest, call: Call) -> InferResponse:
+        started = time.monotonic_ns()
+        feed = {tensor.name: _onnx_array(tensor) for tensor in request.inputs}
+        wanted = self._wanted_outputs(request.outputs)
+        ready = time.monotonic_ns()
+        arrays = self._session.run(feed, list(wanted), call)
+        ran = time.monotonic_ns()
+        outputs = tuple(
+            self._output(self.config.outputs[output.name], array, output.classification)
+            for output, array in zip(wanted.values(), arrays, strict=True)
+        )
+        rows = request.inputs[0].array.shape[0] if self.config.max_batch_size else 1
+        stamps = (call.received_ns, call.queued_ns, started, ready, ran, time.monotonic_ns())
+        self.statistics.record_success(rows, stamps)
+        return InferResponse(self.name, str(self.version), request.id, outputs)
+
+    def _wanted_outputs(self, requested: Sequence[RequestedOutput]) -> dict[str, RequestedOutput]:
+        """The outputs by name, each once; all of them where none is named."""
+        if requested:
+            return {output.name: output for output in requested}
+        return {name: RequestedOutput(name) for name in self.config.outputs}
+
+    def _output(self, spec: TensorSpec, array: np.ndarray, classification: int) -> Tensor:
+        tensor = Tensor(spec.name, spec.datatype, np.asarray(array))
+        if not classification:
+            return tensor
+        return classify(tensor, classification, spec.labels, batched=self.config.max_batch_size > 0)
+
+    def _drop(self, queued: QueuedRequest) -> None:
+        if queued.future.cancelled():
+            self.statistics.record_failure("CANCELED")
+        else:
+            error = DeadlineExceededError(f"model '{self.name}': the deadline passed in the queue")
+            self._fail(queued.future, "REJECTED", error)
+
+    def _fail(self, future: Future[InferResponse], reason: str, error: ServeError) -> None:
+        self.statistics.record_failure(reason)
+        with contextlib.suppress(InvalidStateError):  # cancelled between the check and here
+            future.set_exception(error)
+
+
+def _onnx_array(tensor: Tensor) -> np.ndarray:
+    """The array as onnxruntime takes it: strings are `str` there.
+
+    Raises:
+        InvalidArgumentError: a BYTES element is not UTF-8, the only text that a graph's string tensor holds.
+    """
+    if tensor.datatype.name != "BYTES":
+        return tensor.array
+    try:
+        texts = [element.decode() for element in tensor.array.flat]
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(f"input '{tensor.name}': the model takes UTF-8 text: {error}") from error
+    array = np.empty(tensor.array.size, dtype=object)
+    array[:] = texts
+    return array.reshape(tensor.array.shape)

@@ -1,0 +1,1 @@
+"""Protocol messages and stubs, generated from `proto/` by `make proto`; not edited by hand."""
