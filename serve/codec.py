@@ -63,18 +63,15 @@ def decode_infer_request(data: bytes) -> InferRequest:
         message.model_name,
         message.model_version,
         _decode_inputs(message.inputs, raw),
-        tuple(_decode_requested_output(output) for output in message.outputs),
+        tuple(map(_decode_requested_output, message.outputs)),
         message.id,
         _decode_request_parameters(message.parameters) if message.parameters else _NO_PARAMETERS,
     )
 
 
 def _decode_inputs(inputs: Sequence[Any], raw: Sequence[Buffer]) -> tuple[Tensor, ...]:
-    if raw and any(tensor.HasField("contents") for tensor in inputs):
-        raise InvalidArgumentError(
-            "request mixes raw_input_contents with typed contents: send every input in the same form"
-        )
     tensors = []
+    has_raw = len(raw) > 0
     for index, tensor in enumerate(inputs):
         if tensor.parameters:
             _refuse_shared_memory(tensor)
@@ -84,9 +81,15 @@ def _decode_inputs(inputs: Sequence[Any], raw: Sequence[Buffer]) -> tuple[Tensor
                 f"input '{tensor.name}': datatype {tensor.datatype!r} is not one of {', '.join(DATATYPES)}"
             )
         shape = tuple(tensor.shape)
+        has_contents = tensor.HasField("contents")
+        if has_raw and has_contents:
+            raise InvalidArgumentError(
+                f"input '{tensor.name}' has typed contents beside raw_input_contents: "
+                "send all inputs in the same form"
+            )
         if index < len(raw):
             array = decode_tensor(tensor.name, datatype, shape, raw[index])
-        elif tensor.HasField("contents"):
+        elif has_contents:
             array = decode_contents(tensor.name, datatype, shape, tensor.contents)
         else:
             raise InvalidArgumentError(
@@ -110,7 +113,7 @@ def element_count(name: str, shape: tuple[int, ...]) -> int:
     Raises:
         InvalidArgumentError: a dimension is negative.
     """
-    if any(dim < 0 for dim in shape):
+    if shape and min(shape) < 0:
         raise InvalidArgumentError(f"input '{name}': shape {list(shape)} has a negative dimension")
     return math.prod(shape)
 

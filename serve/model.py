@@ -40,6 +40,7 @@ class ModelVersion:
         self.config = config
         self.statistics = Statistics()
         self._session = session
+        self._all_outputs = {name: RequestedOutput(name) for name in config.outputs}
         self._executor = Executor(f"{self.name}/{version}", instances, self._answer, self._drop)
 
     @property
@@ -148,9 +149,7 @@ class ModelVersion:
 
     def _wanted_outputs(self, requested: Sequence[RequestedOutput]) -> dict[str, RequestedOutput]:
         """The outputs by name, each once; all of them where none is named."""
-        if requested:
-            return {output.name: output for output in requested}
-        return {name: RequestedOutput(name) for name in self.config.outputs}
+        return {output.name: output for output in requested} if requested else self._all_outputs
 
     def _output(self, spec: TensorSpec, array: np.ndarray, classification: int) -> Tensor:
         tensor = Tensor(spec.name, spec.datatype, np.asarray(array))

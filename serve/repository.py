@@ -6,15 +6,10 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from serve.config_pbtxt import DEFAULT_MODEL_FILENAME, instance_settings, read_config, select_versions
 from serve.errors import InvalidArgumentError, ModelLoadError, NotFoundError, UnavailableError
 from serve.model import ModelVersion
-from serve.model_config import (
-    DEFAULT_MODEL_FILENAME,
-    instance_settings,
-    read_config,
-    resolve,
-    select_versions,
-)
+from serve.model_config import resolve
 from serve.providers import choose_providers, usable_cores
 from serve.session import Session, SessionSettings
 
@@ -22,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from serve.model_config import InstanceSettings
+    from serve.config_pbtxt import InstanceSettings
     from serve.pb import model_config_pb2 as pb
 
 logger = logging.getLogger(__name__)

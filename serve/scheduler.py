@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from serve.request import Call, InferRequest, InferResponse
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class QueuedRequest:
     """A request with the future that its answer goes to."""
 

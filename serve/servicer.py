@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from serve import __version__, codec
-from serve.model_config import PLATFORM
+from serve.config_pbtxt import PLATFORM
 from serve.pb import grpc_service_pb2 as pb
 
 if TYPE_CHECKING:

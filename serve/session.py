@@ -87,8 +87,8 @@ class Session:
         # Spinning threads burn the cores that the next request wants; a board has no core to spare.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        # What goes wrong comes back as an exception; warnings about optimizations tell a user nothing.
-        options.log_severity_level = 3
+        # Fatal only: what goes wrong comes back as an exception, and a client's bad index is no log line.
+        options.log_severity_level = 4
         try:
             self._session = ort.InferenceSession(path, options, providers=list(settings.providers))
         except Exception as error:  # onnxruntime's errors share no base class; UnicodeDecodeError too is one
@@ -171,6 +171,7 @@ def _run_error(error: Exception, call: Call) -> Exception:
         return CanceledError("the request was cancelled while it ran")
     if call.expired(time.monotonic()):
         return DeadlineExceededError("the request's deadline passed while it ran")
-    if type(error).__name__ == "InvalidArgument":
+    # Also what a node says of its data is "InvalidArgument", but only once the graph runs.
+    if type(error).__name__ == "InvalidArgument" and "while running" not in str(error):
         return InvalidArgumentError(_first_line(error))
     return InternalError(f"onnxruntime: {_first_line(error)}")

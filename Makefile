@@ -1,0 +1,71 @@
+# `make serve`: from nothing to an image classifier on :8001. `make test`: everything CI runs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Where torch comes from when no wheel of it is at hand (PIP_FIND_LINKS). For a GPU:
+# make serve TORCH_INDEX=https://download.pytorch.org/whl/cu130
+TORCH = torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+CHECKPOINT = runs/mobilenet
+ENTRY = models/mobilenet/1/model.onnx
+FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve models test lint bench proto clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+# The stamp is older than the files that say what to install whenever these change.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "== creating the environment in $(VENV) (about a minute, the first time only)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt pip
+	@echo "== installing $(TORCH): a wheel at hand, or the one of $(TORCH_INDEX)"
+	@$(PIP) install --no-index --no-deps $(TORCH) 2>/dev/null || \
+	  $(PIP) install --progress-bar on --no-deps --index-url $(TORCH_INDEX) $(TORCH)
+	@echo "== installing onnxedge and the tools"
+	@$(PIP) install -c constraints.txt --group dev -e '.[images]'
+	@touch $@
+
+$(CHECKPOINT)/checkpoint.json: | $(VENV)/installed
+	@echo "== training the quick recipe (Fashion-MNIST sample, about a minute)"
+	@$(BIN)/python -m train mobilenet --recipe quick --out $(CHECKPOINT)
+
+$(ENTRY): | $(CHECKPOINT)/checkpoint.json
+	@echo "== exporting to int8 ONNX"
+	@$(BIN)/python -m export $(CHECKPOINT) --to models
+
+models: $(ENTRY) ## train and export what `make serve` serves
+
+serve: $(ENTRY) ## train, export and serve on :8001, metrics on :8002
+	@echo "== serving; Ctrl-C stops. In another terminal:"
+	@echo "   $(BIN)/onnxedge infer mobilenet --image tests/data/boot.png"
+	@$(BIN)/onnxedge serve --model-repository models $(FLAGS)
+
+lint: $(VENV)/installed ## ruff and mypy
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@echo "== mypy --strict"
+	@$(BIN)/mypy
+
+test: lint ## everything CI runs
+	@echo "== tests"
+	@$(BIN)/python -m pytest
+
+bench: $(VENV)/installed ## timings on this machine, printed, not judged
+	@for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+proto: $(VENV)/installed ## generate serve/pb/ from proto/
+	@$(BIN)/python -m grpc_tools.protoc -Iserve/pb=proto --python_out=. --pyi_out=. serve/pb/model_config.proto
+	@$(BIN)/python -m grpc_tools.protoc -Iserve/pb=proto --python_out=. --pyi_out=. --grpc_python_out=. \
+	  serve/pb/grpc_service.proto
+
+clean: ## remove the environment and everything made
+	rm -rf $(VENV) runs models build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Load tests over gRPC, against any server that speaks the Open Inference Protocol."""

@@ -1,0 +1,75 @@
+"""A locust user that calls ModelInfer over gRPC, one request after the other (closed loop).
+
+With locust's web page: locust -f loadtest/locustfile.py --host localhost:8001 --model mobilenet
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import grpc
+import grpc.experimental.gevent as grpc_gevent
+from locust import User, constant, events, task
+
+from loadtest.payload import fetch_metadata, infer_path, request_bytes
+
+if TYPE_CHECKING:
+    from locust.argument_parser import LocustArgumentParser
+
+# Before any grpc object is made: without it the C core blocks the greenlets' one thread.
+grpc_gevent.init_gevent()
+
+
+@events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator] # locust's are not annotated
+def add_flags(parser: LocustArgumentParser) -> None:
+    """Flags of this file beside locust's own."""
+    parser.add_argument("--model", default="mobilenet", help="model to call")
+    parser.add_argument("--batch-size", type=int, default=1, help="rows in a request")
+
+
+class InferUser(User):
+    """Sends the same request over a channel that all users of the process share, and waits for its answer."""
+
+    wait_time = constant(0)
+    shared: ClassVar[dict[str, Any]] = {}
+
+    def on_start(self) -> None:
+        """Make the channel and the request once per process."""
+        if not self.shared:
+            options = self.environment.parsed_options
+            self.shared.update(prepare(self.host or "localhost:8001", options.model, options.batch_size))
+
+    @task
+    def infer(self) -> None:
+        """Call ModelInfer and report how long it took."""
+        failure: Exception | None = None
+        length = 0
+        start = time.perf_counter()
+        try:
+            length = len(self.shared["call"](self.shared["request"]))
+        except grpc.RpcError as error:
+            failure = error
+        self.environment.events.request.fire(
+            request_type="gRPC",
+            name=self.shared["model"],
+            response_time=(time.perf_counter() - start) * 1000,
+            response_length=length,
+            exception=failure,
+        )
+
+
+def prepare(target: str, model: str, batch: int) -> dict[str, Any]:
+    """A channel's raw-bytes call of ModelInfer, and the request for it.
+
+    Bytes, not messages: the client's protobuf work would be counted as the server's.
+
+    Raises:
+        grpc.RpcError: the server isn't there, or doesn't have the model.
+    """
+    channel = grpc.insecure_channel(
+        target.removeprefix("grpc://").removeprefix("http://"),
+        options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
+    )
+    request = request_bytes(fetch_metadata(channel, model), batch)
+    return {"channel": channel, "call": channel.unary_unary(infer_path()), "request": request, "model": model}

@@ -1,0 +1,178 @@
+"""The command line: flags, environment, and each command run for real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+
+from serve import __version__
+from serve.providers import usable_cores
+from serve.settings import ServerSettings, SettingsError, parse_server_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.conftest import RunningServer
+
+ROOT = Path(__file__).parents[2]
+
+
+def onnxedge(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serve", *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+def parse(*arguments: str, **environment: str) -> ServerSettings:
+    return parse_server_settings(arguments, environment)
+
+
+def test_flags_are_spelled_as_tritons(tmp_path: Path) -> None:
+    settings = parse(
+        f"--model-repository={tmp_path}", "--grpc-port", "9001", "--allow-metrics=0", "--id=edge"
+    )
+    assert settings == ServerSettings((tmp_path,), server_id="edge", grpc_port=9001, allow_metrics=False)
+
+
+def test_model_repository_may_be_given_more_than_once(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    settings = parse(f"--model-repository={tmp_path}", f"--model-store={tmp_path / 'b'}")
+    assert settings.model_repository == (tmp_path, tmp_path / "b")
+
+
+def test_flags_win_over_the_environment(tmp_path: Path) -> None:
+    environment = {
+        "ONNXEDGE_MODEL_REPOSITORY": str(tmp_path),
+        "ONNXEDGE_GRPC_PORT": "1",
+        "ONNXEDGE_SERVER_ID": "a",
+    }
+    settings = parse("--grpc-port=2", **environment)
+    assert (settings.grpc_port, settings.server_id, settings.model_repository) == (2, "a", (tmp_path,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model-repository is missing"),
+        (["--model-repository=/nowhere"], "/nowhere is not a folder"),
+        (["--model-repositry=/tmp"], "unknown flag --model-repositry: did you mean --model-repository"),
+        (["--model-repository=.", "--grpc-port=99999"], "--grpc-port is 99999, expected 0 to 65535"),
+        (["--model-repository=.", "--grpc-port=eight"], "--grpc-port: invalid int value: 'eight'"),
+        (["--model-repository=.", "--allow-metrics=perhaps"], "expected true or false, got 'perhaps'"),
+        (["--model-repository=.", "--max-inflight-requests=0"], "expected 1 or more"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse(*arguments)
+
+
+def test_help_version_and_unknown_commands() -> None:
+    assert "serve a model repository" in onnxedge("--help").stdout
+    assert onnxedge("--version").stdout == f"onnxedge {__version__}\n"
+    assert "--grpc-port" in onnxedge("serve", "--help").stdout
+    unknown = onnxedge("server")
+    assert (unknown.returncode, "unknown command 'server'" in unknown.stderr) == (2, True)
+
+
+def test_a_taken_port_is_reported(server: RunningServer, repository: Path) -> None:
+    flags = ("--model-repository", repository, f"--grpc-port={server.grpc_port}", "--grpc-address=127.0.0.1")
+    ended = onnxedge("serve", *flags, "--metrics-port=0")
+    assert ended.returncode == 1
+    assert "Failed to bind to address 127.0.0.1" in ended.stderr
+
+
+def test_flags_without_a_command_are_those_of_serve(repository: Path) -> None:
+    ended = onnxedge("--model-repository", repository, "--grpc-port=-1")
+    assert (ended.returncode, "onnxedge serve: --grpc-port is -1" in ended.stderr) == (2, True)
+
+
+def test_providers_lists_what_works_and_what_does_not() -> None:
+    listed = onnxedge("providers").stdout
+    assert "CPUExecutionProvider         usable" in listed
+    assert f"{usable_cores()} usable cores" in listed
+
+
+def test_a_cgroup_quota_limits_the_cores(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert usable_cores(tmp_path) == 1
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert usable_cores(tmp_path) == len(os.sched_getaffinity(0))
+
+
+@pytest.fixture(scope="module")
+def image_server(
+    tmp_path_factory: pytest.TempPathFactory, serve: Callable[..., RunningServer]
+) -> RunningServer:
+    """Models whose scores are the means of an image's channels: FP32 CHW and UINT8 HWC."""
+    root = tmp_path_factory.mktemp("images")
+    write_channel_means(root / "chw", ["n", 3, 4, 4], TensorProto.FLOAT, [2, 3])
+    write_channel_means(root / "hwc", ["n", "h", "w", 3], TensorProto.UINT8, [1, 2])
+    write_channel_means(root / "vector", ["n", 7, 7], TensorProto.FLOAT, [1])
+    return serve("--model-repository", root)
+
+
+def write_channel_means(folder: Path, shape: list[int | str], onnx_type: int, axes: list[int]) -> None:
+    nodes = [
+        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["float"], ["scores"], axes=axes, keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes, "means",
+        [helper.make_tensor_value_info("image", onnx_type, shape)],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", 3 if len(shape) == 4 else 7])],
+    )  # fmt: skip
+    (folder / "1").mkdir(parents=True)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, folder / "1" / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.fromarray(np.full((8, 6, 3), (51, 204, 102), np.uint8)).save(path)
+    return path
+
+
+def test_infer_prints_the_top_classes(image_server: RunningServer, picture: Path) -> None:
+    done = onnxedge("infer", "hwc", "--image", picture, "--url", image_server.url, "--top", "2")
+    assert done.stdout == "  204.0000  1\n  102.0000  2\n"
+
+
+@pytest.mark.parametrize(("scaling", "first"), [("none", "204.0"), ("unit", "0.8"), ("inception", "0.6")])
+def test_infer_scales_float_inputs_as_told(
+    image_server: RunningServer, picture: Path, scaling: str, first: str
+) -> None:
+    flags = ("--url", image_server.url, "--scaling", scaling, "--top", "1")
+    done = onnxedge("infer", "chw", "--image", picture, *flags)
+    assert done.stdout == f"{float(first):10.4f}  1\n"
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "message"),
+    [
+        ("chw", [], "is FP32: name its --scaling"),
+        ("vector", [], "expected [H, W, 1 or 3] or [1 or 3, H, W]"),
+        ("nope", [], "NOT_FOUND: Request for unknown model: 'nope'"),
+        ("hwc", ["--image", __file__], "is not an image"),
+        ("hwc", ["--image", "/nowhere.png"], "No such file"),
+        ("hwc", ["--url", "127.0.0.1:1", "--timeout", "5"], "127.0.0.1:1: UNAVAILABLE"),
+    ],
+)
+def test_infer_says_what_is_wrong(
+    image_server: RunningServer, picture: Path, model: str, flags: list[str], message: str
+) -> None:
+    done = onnxedge("infer", model, "--image", picture, "--url", image_server.url, *flags)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
