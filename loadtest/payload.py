@@ -38,7 +38,7 @@ def fetch_metadata(channel: grpc.Channel, model: str, timeout: float = 10.0) -> 
         pb.ModelMetadataRequest.SerializeToString,
         pb.ModelMetadataResponse.FromString,
     )
-    return call(pb.ModelMetadataRequest(name=model), timeout=timeout, wait_for_ready=True)
+    return call(pb.ModelMetadataRequest(name=model), timeout=timeout)
 
 
 def request_bytes(metadata: pb.ModelMetadataResponse, batch: int = 1, seed: int = 0) -> bytes:
@@ -55,9 +55,7 @@ def request_bytes(metadata: pb.ModelMetadataResponse, batch: int = 1, seed: int 
     random = np.random.default_rng(seed)
     request = pb.ModelInferRequest(model_name=metadata.name)
     for spec in metadata.inputs:
-        shape = [batch if axis == 0 else 1 if dim < 0 else dim for axis, dim in enumerate(spec.shape)]
-        if spec.shape and spec.shape[0] >= 0:
-            shape[0] = spec.shape[0]
+        shape = [dim if dim >= 0 else 1 if axis else batch for axis, dim in enumerate(spec.shape)]
         request.inputs.add(name=spec.name, datatype=spec.datatype, shape=shape)
         request.raw_input_contents.append(_random_tensor(random, spec, int(np.prod(shape))))
     return request.SerializeToString()

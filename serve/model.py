@@ -81,7 +81,6 @@ class ModelVersion:
 
     def _check(self, request: InferRequest) -> None:
         specs = self.config.inputs
-        names = [tensor.name for tensor in request.inputs]
         for tensor in request.inputs:
             spec = specs.get(tensor.name)
             if spec is None:
@@ -90,9 +89,10 @@ class ModelVersion:
                     f"it has {list(specs)}"
                 )
             spec.check(tensor)
-        if len(names) != len(specs) or len(set(names)) != len(names):
+        if len({tensor.name for tensor in request.inputs}) != len(specs) or len(request.inputs) != len(specs):
             raise InvalidArgumentError(
-                f"model '{self.name}' expects each of the inputs {list(specs)} once, got {names}"
+                f"model '{self.name}' expects each of the inputs {list(specs)} once, "
+                f"got {[tensor.name for tensor in request.inputs]}"
             )
         if self.config.max_batch_size:
             self._check_batch(request.inputs)

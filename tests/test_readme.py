@@ -1,0 +1,125 @@
+"""The README as a new user runs it: its `sh` and `python` blocks, in order, on a copy of what git tracks."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+EXECUTED = [(language, text) for language, text in BLOCKS if language in ("sh", "python")]
+# The test environment is the one that the README's `make` would make, so it is lent to the copy.
+VENV = Path(sys.executable).parents[1]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+class Copy:
+    """A checkout of its own, with ports of its own in place of the README's."""
+
+    def __init__(self, folder: Path) -> None:
+        tracked = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],  # noqa: S607 - git is where make is
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout.splitlines()  # fmt: skip
+        for name in tracked:
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        (folder / ".venv").symlink_to(VENV)
+        os.utime(VENV / "installed")
+        self.folder = folder
+        self.ports = dict(zip(("8001", "8002", "9001", "9002"), free_ports(4), strict=True))
+        grpc, metrics = self.ports["8001"], self.ports["8002"]
+        self.environment = {
+            **os.environ,
+            "ONNXEDGE_GRPC_PORT": str(grpc),
+            "ONNXEDGE_METRICS_PORT": str(metrics),
+            "PATH": f"{VENV / 'bin'}:{os.environ['PATH']}",
+            "PYTHONPATH": str(folder),
+        }
+
+    def command(self, language: str, text: str) -> list[str]:
+        for port, own in self.ports.items():
+            text = text.replace(port, str(own))
+        text = text.replace("infer mobilenet", f"infer mobilenet --url localhost:{self.ports['8001']}")
+        text = text.replace("--duration 3", f"--duration 3 --url localhost:{self.ports['8001']}")
+        return ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
+
+    def run(self, language: str, text: str) -> str:
+        done = subprocess.run(
+            self.command(language, text),
+            cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
+    return Copy(tmp_path_factory.mktemp("readme"))
+
+
+@pytest.fixture(scope="module")
+def served(copy: Copy) -> Iterator[Copy]:
+    """`make serve`, the first block, until it serves; Ctrl-C at the end."""
+    assert EXECUTED[0] == ("sh", "make serve\n")
+    process = subprocess.Popen(
+        copy.command(*EXECUTED[0]),
+        cwd=copy.folder, env=copy.environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    log = []
+    for line in process.stderr:
+        log.append(line)
+        if "SERVING" in line:
+            break
+    else:
+        raise AssertionError("".join(log))
+    yield copy
+    os.killpg(process.pid, signal.SIGINT)
+    process.stderr.close()
+    process.wait(60)
+
+
+@pytest.mark.timeout(600)
+def test_every_block_does_what_the_readme_says(served: Copy) -> None:
+    for language, text in EXECUTED[1:]:
+        if text == "make test\n":  # this very run; that it would start is all that can be tried here
+            assert "pytest" in served.run("sh", "make --dry-run test")
+            continue
+        output = served.run(language, text)
+        if "onnxedge infer" in text:
+            assert output.splitlines()[0].split(maxsplit=1)[1] == "Ankle boot"
+        if "curl" in text:
+            assert 'nv_inference_request_success{model="mobilenet",version="1"}' in output
+
+
+@pytest.mark.timeout(120)
+def test_the_second_make_serve_reuses_what_is_there(served: Copy) -> None:
+    plan = served.run("sh", "make --dry-run serve")
+    assert "-m train" not in plan
+    assert "-m export" not in plan
+    assert "onnxedge serve" in plan
+
+
+def test_readme_names_every_kind_of_block() -> None:
+    assert {language for language, _ in BLOCKS} == {"sh", "python", "text"}
