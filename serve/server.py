@@ -185,9 +185,7 @@ def main(arguments: Sequence[str]) -> int:
         return _USAGE_ERROR
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("serve").setLevel(logging.DEBUG if settings.log_verbose else logging.INFO)
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):  # as process 1 of a container, Python would ignore them
-        signal.signal(number, lambda *_: stopping.set())
+    stopping = _on_signals()
     server = Server(settings)
     try:
         server.start()
@@ -198,6 +196,22 @@ def main(arguments: Sequence[str]) -> int:
     stopping.wait()
     logger.info("stopping: requests in flight get up to %d s", settings.exit_timeout_secs)
     return 0 if server.stop() else 1
+
+
+def _on_signals() -> threading.Event:
+    """An event that the first SIGTERM or SIGINT sets; the second one ends the process without a drain.
+
+    As process 1 of a container, Python would ignore both.
+    """
+    stopping = threading.Event()
+
+    def stop(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    return stopping
 
 
 def _announce(server: Server, settings: ServerSettings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -38,7 +39,7 @@ def test_neither_torch_nor_onnx_is_required(wheel: zipfile.ZipFile) -> None:
         metadata = message_from_bytes(opened.read(f"onnxedge-{__version__}.dist-info/METADATA"))
         entry_points = opened.read(f"onnxedge-{__version__}.dist-info/entry_points.txt").decode()
     required = {
-        line.split(">")[0].split(";")[0].strip()
+        re.split(r"[<>=;,]", line)[0]
         for line in metadata.get_all("Requires-Dist", [])
         if "extra ==" not in line
     }

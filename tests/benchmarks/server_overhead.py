@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
 
 from loadtest.payload import infer_path
 from serve.pb import grpc_service_pb2 as pb
@@ -27,6 +25,7 @@ from serve.pb.grpc_service_pb2_grpc import (
     GRPCInferenceServiceServicer,
     add_GRPCInferenceServiceServicer_to_server,
 )
+from tests.graphs import scaled, write_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,22 +97,13 @@ def measure(call: Callable[[bytes], bytes], request: bytes, pid: int) -> tuple[f
     return (cpu_seconds(pid) - before) / REQUESTS * 1e6, statistics.median(latencies) * 1e6
 
 
-def make_repository(root: Path) -> Path:
-    path = root / "tiny" / "1" / "model.onnx"
-    path.parent.mkdir(parents=True)
-    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "tiny", tensors[:1], tensors[1:])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
-    return path
-
-
 def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     request = pb.ModelInferRequest(model_name="tiny")
     request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
     request.raw_input_contents.append(np.ones(4, np.float32).tobytes())
     with tempfile.TemporaryDirectory() as folder:
-        path = make_repository(Path(folder))
+        path = write_model(Path(folder) / "tiny", scaled(1))
         flags = ["--model-repository", folder, "--grpc-port", "0", "--metrics-port", "0"]
         commands = {
             "baseline": [__file__, "baseline", str(path)],
@@ -125,9 +115,8 @@ def main() -> None:
         for index in range(ROUNDS + 1):
             for name, (process, port) in servers.items():
                 with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                    figures = measure(
-                        channel.unary_unary(infer_path()), request.SerializeToString(), process.pid
-                    )
+                    call: Any = channel.unary_unary(infer_path())
+                    figures = measure(call, request.SerializeToString(), process.pid)
                 if index:  # the first round warms both up
                     results[name].append(figures)
         for process, _ in servers.values():

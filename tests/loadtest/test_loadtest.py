@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from loadtest.latency import LatencyRecorder
 from loadtest.payload import request_bytes
 from serve.codec import decode_infer_request
 from serve.datatypes import DATATYPES
 from serve.pb import grpc_service_pb2 as pb
+from tests.graphs import scaled, write_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,11 +29,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory, serve: Callable[..., RunningServer]) -> RunningServer:
     root = tmp_path_factory.mktemp("models")
-    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "tiny", tensors[:1], tensors[1:])
-    (root / "tiny" / "1").mkdir(parents=True)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.save(model, root / "tiny" / "1" / "model.onnx")
+    write_model(root / "tiny", scaled(1))
     return serve("--model-repository", root)
 
 

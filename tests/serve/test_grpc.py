@@ -291,15 +291,21 @@ def test_drain_finishes_what_is_in_flight_and_refuses_what_comes(
         unknown: Iterator[Any] = health.Watch(health_pb2.HealthCheckRequest(service="nope"))
         assert next(watch).status == SERVING
         assert next(unknown).status == SERVICE_UNKNOWN
-        in_flight = [stub.ModelInfer.future(slow_request(20_000)) for _ in range(3)]
+        # Three that end when they are cancelled, for two instances: behind them the fourth is sure to wait.
+        long = [stub.ModelInfer.future(slow_request(LONG)) for _ in range(3)]
         wait_for_pending(server, "slow", 1)
+        waiting = stub.ModelInfer.future(slow_request(1))
+        wait_for_pending(server, "slow", 2)
         stopped: list[int] = []
         stopper = threading.Thread(target=lambda: stopped.append(server.stop()))
         stopper.start()
         assert next(watch).status == NOT_SERVING
-        assert not stub.ServerReady(pb.ServerReadyRequest()).ready
+        while stub.ServerReady(pb.ServerReadyRequest()).ready:  # health goes first, the refusals follow
+            assert server.process.poll() is None
         code, details = refused(stub.ModelInfer, slow_request(1))
         assert (code, "shutting down" in details) == ("UNAVAILABLE", True)
-        assert [future.result(timeout=60).outputs[0].name for future in in_flight] == ["y"] * 3
+        for future in long:
+            future.cancel()
+        assert waiting.result(timeout=60).outputs[0].name == "y"
         stopper.join()
     assert stopped == [0]
