@@ -7,6 +7,7 @@ Format: Prometheus text exposition 0.0.4.
 
 from __future__ import annotations
 
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
@@ -80,11 +81,14 @@ def start_metrics_server(repository: Repository, address: str, port: int) -> Thr
     """
     process = CollectorRegistry()
     ProcessCollector(registry=process)
-    server = ThreadingHTTPServer(
-        (address, port), _handler(lambda: exposition(repository).encode() + generate_latest(process))
-    )
+    handler = _handler(lambda: exposition(repository).encode() + generate_latest(process))
+    server = (_IPv6Server if ":" in address else ThreadingHTTPServer)((address, port), handler)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server
+
+
+class _IPv6Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
 
 
 def _handler(render: Callable[[], bytes]) -> type[BaseHTTPRequestHandler]:

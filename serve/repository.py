@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 # Two runs at once keep two cores busy while one request is on its way through gRPC; one instance alone halves
 # the throughput on two cores.
 DEFAULT_INSTANCES = 2
+_MAX_VERSION_DIGITS = 18  # of an int64
 
 
 @dataclass(slots=True)
@@ -130,8 +131,8 @@ def _reason(model: Model, number: int | None) -> str:
 def _parse_version(text: str) -> int | None:
     if not text:
         return None
-    if not (text.isascii() and text.isdecimal()):
-        raise InvalidArgumentError(f"model version {text!r} is not a number; use '' for the latest")
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_VERSION_DIGITS):
+        raise InvalidArgumentError(f"model version {text[:40]!r} is not a version number; '' is the latest")
     return int(text)
 
 

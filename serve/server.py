@@ -68,7 +68,7 @@ class Server:
                 "a model could not be loaded, see above; --exit-on-error=false serves the rest"
             )
         self._grpc = self._build()
-        self.grpc_port = self._grpc.add_insecure_port(f"{settings.grpc_address}:{settings.grpc_port}")
+        self.grpc_port = self._grpc.add_insecure_port(_host_port(settings.grpc_address, settings.grpc_port))
         if settings.allow_metrics:
             self._metrics = start_metrics_server(
                 self._repository, settings.metrics_address, settings.metrics_port
@@ -130,6 +130,10 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection(server, (SERVICE, health.SERVICE_NAME))
         return server
+
+
+def _host_port(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _largest_request(repository: Repository) -> int:
@@ -217,5 +221,5 @@ def _on_signals() -> threading.Event:
 def _announce(server: Server, settings: ServerSettings) -> None:
     print(server.report(), file=sys.stderr, flush=True)
     if settings.allow_metrics:
-        logger.info("metrics at http://%s:%d/metrics", settings.metrics_address, server.metrics_port)
-    logger.info("SERVING: gRPC at %s:%d", settings.grpc_address, server.grpc_port)
+        logger.info("metrics at http://%s/metrics", _host_port(settings.metrics_address, server.metrics_port))
+    logger.info("SERVING: gRPC at %s", _host_port(settings.grpc_address, server.grpc_port))

@@ -170,6 +170,8 @@ def test_a_failing_run_is_an_internal_error_and_the_next_one_works(core: Inferen
         ("fixed", "0", NotFoundError),
         ("fixed", "-1", InvalidArgumentError),
         ("fixed", "one", InvalidArgumentError),
+        ("fixed", "²", InvalidArgumentError),
+        ("fixed", "9" * 5000, InvalidArgumentError),
     ],
 )
 def test_unknown_models_and_versions(core: InferenceCore, model: str, version: str, error: type) -> None:

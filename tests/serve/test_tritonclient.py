@@ -66,7 +66,7 @@ def test_infer(seen: dict[str, Any]) -> None:
     [
         ("unknown_model", "NOT_FOUND", "Request for unknown model: 'nope' is not found"),
         ("unknown_version", "NOT_FOUND", "version 9"),
-        ("bad_version", "INVALID_ARGUMENT", "'x' is not a number"),
+        ("bad_version", "INVALID_ARGUMENT", "'x' is not a version number"),
         ("wrong_shape", "INVALID_ARGUMENT", "expected shape [-1, 4], got [1, 9]"),
         ("missing_input", "INVALID_ARGUMENT", "each of the inputs ['x'] once"),
         ("unknown_output", "INVALID_ARGUMENT", "unexpected inference output 'z'"),
