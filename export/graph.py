@@ -1,0 +1,138 @@
+"""From a torch module to a checked ONNX graph."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import opset20
+
+from export.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import nn
+
+    from train.family import ExampleInputs
+
+OPSET = 20
+"""Of the default domain: read by onnxruntime from 1.17 on, which is older than what 32-bit boards have."""
+
+
+def export_graph(module: nn.Module, example: ExampleInputs) -> ir.Model:
+    """Trace a serving module and translate it to ONNX.
+
+    Args:
+        module: in evaluation mode; takes `example.tensors` in order.
+        example: input tensors, the names of their dynamic axes, and the output names.
+
+    Returns:
+        The graph in opset 20, weights inside, without the exporter's metadata: that holds stack traces with
+        the paths of this machine, and took 0.2 MB, a fifth of a small network's file.
+
+    Raises:
+        ExportError: the module can't be traced or translated, or an axis that should be dynamic is constant.
+    """
+    try:
+        with _without_noise():
+            program = torch.onnx.export(
+                module,
+                tuple(example.tensors.values()),
+                dynamo=True,
+                external_data=False,
+                opset_version=OPSET,
+                input_names=list(example.tensors),
+                output_names=list(example.outputs),
+                dynamic_shapes=tuple(dict(axes) for axes in example.dynamic_axes.values()),
+                custom_translation_table={torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d},
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"torch.onnx.export failed: {_root_cause(error)}") from error
+    assert program is not None
+    model = program.model
+    common.ClearMetadataAndDocStringPass()(model)
+    _refuse_constant_axes(model, example)
+    check_graph(model)
+    return model
+
+
+def check_graph(model: ir.Model) -> None:
+    """Run the ONNX checker with shape inference.
+
+    Raises:
+        ExportError: the graph breaks the ONNX specification.
+    """
+    try:
+        onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the ONNX checker refuses the graph: {error}") from error
+
+
+def serialize(model: ir.Model) -> bytes:
+    """The content of the graph's `.onnx` file.
+
+    Shapes of intermediate tensors are left out: every runtime infers them, and they took 6 % of a small file.
+    """
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]
+    return proto.SerializeToString(deterministic=True)
+
+
+def _adaptive_avg_pool2d(features: Any, output_size: Sequence[int]) -> Any:
+    """Translate global average pooling to the operator of that name, which has an integer kernel.
+
+    Left to itself the exporter decomposes it, for channels-last input, into a mean, a computed index and a
+    gather: eleven nodes, none of which onnxruntime runs in int8.
+    """
+    if any(size != 1 for size in output_size):
+        raise NotImplementedError(f"adaptive_avg_pool2d to {list(output_size)}: only to [1, 1]")
+    return opset20.GlobalAveragePool(features)
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """Silence what the exporter says about itself and about torch's own deprecated functions.
+
+    Its failures are exceptions and pass. What it only warns of, a frozen axis or a wrong number, is measured
+    afterwards.
+    """
+    logger = logging.getLogger("torch.onnx")  # says at each export that torchvision's operators are missing
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost error's class and text: the outer ones only say which exporter step it came through."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def _refuse_constant_axes(model: ir.Model, example: ExampleInputs) -> None:
+    """Compare the graph's axes with the ones asked for: the exporter may freeze one without saying so."""
+    asked = {name: dict(axes) for name, axes in example.dynamic_axes.items()}
+    asked |= {name: {0: "batch"} for name in example.outputs}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        assert value.name is not None
+        assert value.shape is not None
+        for axis, name in asked.get(value.name, {}).items():
+            if isinstance(size := value.shape[axis], int):
+                raise ExportError(
+                    f"tensor {value.name!r}: axis {axis} should be dynamic ({name!r}) but the exporter "
+                    f"made it constant {size}; look in the module for a shape read as a Python number, a "
+                    "loop over this axis or an operator that fixes it"
+                )

@@ -1,0 +1,143 @@
+"""`python -m export`: what it writes, prints and answers to wrong usage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+from google.protobuf import text_format
+
+from export.__main__ import main
+from export.session import Session
+from serve.pb import model_config_pb2
+from train.data.images import load_image_data
+
+if TYPE_CHECKING:
+    from tests.export.conftest import Exported
+
+
+def report(exported: Exported) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((exported.version / "report.json").read_text())
+    return content
+
+
+def test_writes_an_entry_and_nothing_else(exported: Exported) -> None:
+    files = {str(path.relative_to(exported.repository)) for path in exported.repository.rglob("*")}
+    assert files == {
+        "mobilenet", "mobilenet/config.pbtxt", "mobilenet/labels.txt", "mobilenet/1",
+        "mobilenet/1/model.onnx", "mobilenet/1/golden.npz", "mobilenet/1/report.json",
+    }  # fmt: skip
+
+
+def test_prints_steps_table_and_next_command_but_no_noise(exported: Exported) -> None:
+    lines = exported.printed.splitlines()
+    starts = [
+        "rebuild the network", "translate to ONNX", "quantize to int8 for x86",
+        "verify on 1500 held-out rows", "measure latency", "write ",
+        "", " ", "accuracy", "size", "latency, batch 1", "latency, batch 8", "(int8 for x86; 1 thread", "",
+        "wrote ", f"next: onnxedge serve --model-repository {exported.repository}",
+    ]  # fmt: skip
+    assert len(lines) == len(starts), exported.printed
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), exported.printed
+
+
+def test_config_describes_the_graph(exported: Exported) -> None:
+    config = model_config_pb2.ModelConfig()
+    text_format.Parse((exported.entry / "config.pbtxt").read_text(), config)
+    graph = onnx.load(exported.version / "model.onnx").graph
+    assert {field.name for field, _ in config.ListFields()} == {
+        "name", "backend", "max_batch_size", "input", "output",
+    }  # fmt: skip
+    assert (config.name, config.backend, config.max_batch_size) == ("mobilenet", "onnxruntime", 8)
+    described: list[Any] = [*config.input, *config.output]
+    for tensor, value in zip(described, (*graph.input, *graph.output), strict=True):
+        axes = value.type.tensor_type.shape.dim
+        assert tensor.name == value.name
+        assert axes[0].dim_param == "batch"
+        assert list(tensor.dims) == [axis.dim_value for axis in axes[1:]]
+    assert config.input[0].data_type == model_config_pb2.TYPE_UINT8
+    assert config.output[0].data_type == model_config_pb2.TYPE_FP32
+    assert config.output[0].label_filename == "labels.txt"
+
+
+def test_labels_are_the_data_sets(exported: Exported) -> None:
+    labels = (exported.entry / "labels.txt").read_text().splitlines()
+    assert tuple(labels) == load_image_data("fashion_mnist", data_dir=None, sample=True).labels
+
+
+def test_report_has_the_sha256_of_every_other_file(exported: Exported) -> None:
+    files = {
+        str(path.relative_to(exported.entry)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in exported.entry.rglob("*")
+        if path.is_file() and path.name != "report.json"
+    }
+    assert report(exported)["sha256"] == files
+
+
+def test_report_says_where_the_graph_comes_from_and_what_it_is_worth(
+    exported: Exported, checkpoint: Path
+) -> None:
+    content = report(exported)
+    trained = json.loads((checkpoint / "checkpoint.json").read_text())
+    assert content["checkpoint"]["metrics"] == trained["metrics"]
+    assert content["checkpoint"]["dataset_sha256"] == trained["dataset_sha256"]
+    assert content["versions"].keys() >= {"torch", "onnx", "onnxruntime", "python", "onnxedge"}
+    metric = content["metric"]
+    assert metric["torch"] == pytest.approx(trained["metrics"]["test_accuracy"])
+    assert metric["torch"] > 0.5
+    assert metric["tolerance"] == 0.015
+    assert metric["int8"] >= metric["torch"] - metric["tolerance"]
+    assert content["differences"]["fp32"]["logits"]["relative"] < 1e-4
+    assert content["bytes"]["int8"] == (exported.version / "model.onnx").stat().st_size
+    assert content["latency_ms"]["batch"].keys() == {"1", "8"}
+
+
+def test_golden_samples_reproduce(exported: Exported) -> None:
+    golden = np.load(exported.version / "golden.npz")
+    assert set(golden.files) == {"input.image", "output.logits", "tolerance.logits"}
+    found = Session((exported.version / "model.onnx").read_bytes()).run({"image": golden["input.image"]})
+    assert golden["input.image"].shape == (8, 28, 28, 1)
+    off = np.abs(found["logits"] - golden["output.logits"]).max()
+    # An int8 graph is never exact: a difference of zero would mean that its own outputs were stored.
+    assert 0 < off <= golden["tolerance.logits"]
+    assert golden["tolerance.logits"] < np.abs(golden["output.logits"]).max()
+
+
+def test_no_path_of_this_machine_is_in_the_graph(exported: Exported) -> None:
+    content = (exported.version / "model.onnx").read_bytes()
+    assert str(Path(__file__).parents[2]).encode() not in content
+    assert b"site-packages" not in content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--name", ".hidden"), "--name '.hidden'"),
+        (("--name", "a/b"), "--name 'a/b'"),
+        (("--version", "0"), "--version 0: expected at least 1"),
+        (("--tolerance", "-1"), "--tolerance -1.0"),
+        ((), "no such checkpoint"),
+    ],
+)
+def test_a_wrong_setting_is_one_message(
+    arguments: tuple[str, ...], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main([str(tmp_path / "nothing"), "--to", str(tmp_path / "models"), *arguments])
+    printed = capsys.readouterr().err
+    assert status == 1
+    assert printed.startswith("error: ")
+    assert expected in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "models").exists()
+
+
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["runs/mobilenet", "--to", "models", "--target", "riscv"])
+    assert ended.value.code == 2
+    assert "'riscv'" in capsys.readouterr().err
