@@ -38,7 +38,7 @@ def test_prints_steps_table_and_next_command_but_no_noise(exported: Exported) ->
     lines = exported.printed.splitlines()
     starts = [
         "rebuild the network", "translate to ONNX", "quantize to int8 for x86",
-        "verify on 1500 held-out rows", "measure latency", "write ",
+        "verify on 3500 held-out rows", "measure latency", "write ",
         "", " ", "accuracy", "size", "latency, batch 1", "latency, batch 8", "(int8 for x86; 1 thread", "",
         "wrote ", f"next: onnxedge serve --model-repository {exported.repository}",
     ]  # fmt: skip

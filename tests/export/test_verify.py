@@ -50,7 +50,7 @@ def test_refuses_broken_calibration_and_leaves_the_repository_alone(
     message = capsys.readouterr().err
     assert status == 1
     assert message.startswith("error: int8 accuracy: ")
-    assert "on 1500 held-out rows" in message
+    assert "on 3500 held-out rows" in message
     assert "--tolerance" in message
     assert snapshot(exported.repository) == before
 
