@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
-from serve.statistics import FAILURE_REASONS
+from serve.statistics import FAILURE_REASONS, Counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -25,17 +25,16 @@ if TYPE_CHECKING:
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _CLIENT_TIMEOUT_SECONDS = 10
 
-_COUNTERS: tuple[tuple[str, str, str], ...] = (
-    ("nv_inference_request_success", "success", "Requests answered"),
-    ("nv_inference_count", "inferences", "Batch rows inferred"),
-    ("nv_inference_exec_count", "executions", "Runs of the model"),
-)
-_DURATIONS: tuple[tuple[str, str, str], ...] = (
-    ("nv_inference_request_duration_us", "request_ns", "Time from receipt to answer"),
-    ("nv_inference_queue_duration_us", "queue_ns", "Time spent waiting for an instance"),
-    ("nv_inference_compute_input_duration_us", "compute_input_ns", "Time spent decoding inputs"),
-    ("nv_inference_compute_infer_duration_us", "compute_infer_ns", "Time spent running the model"),
-    ("nv_inference_compute_output_duration_us", "compute_output_ns", "Time spent on outputs"),
+# Name, help and value of each counter; durations are kept in nanoseconds and published in microseconds.
+_COUNTERS: tuple[tuple[str, str, Callable[[Counts], int]], ...] = (
+    ("nv_inference_request_success", "Requests answered", lambda c: c.success),
+    ("nv_inference_count", "Batch rows inferred", lambda c: c.inferences),
+    ("nv_inference_exec_count", "Runs of the model", lambda c: c.compute().executions),
+    ("nv_inference_request_duration_us", "From receipt to answer", lambda c: c.request_ns // 1000),
+    ("nv_inference_queue_duration_us", "Waiting for an instance", lambda c: c.queue_ns // 1000),
+    ("nv_inference_compute_input_duration_us", "Decoding inputs", lambda c: c.compute().input_ns // 1000),
+    ("nv_inference_compute_infer_duration_us", "Running the model", lambda c: c.compute().infer_ns // 1000),
+    ("nv_inference_compute_output_duration_us", "Making outputs", lambda c: c.compute().output_ns // 1000),
 )
 
 
@@ -43,12 +42,9 @@ def exposition(repository: Repository) -> str:
     """The metrics of every ready version as Prometheus text."""
     versions = [(version, version.statistics.snapshot()) for version in repository]
     lines: list[str] = []
-    for name, attribute, text in _COUNTERS:
-        samples = [(_labels(version), getattr(counts, attribute)) for version, counts in versions]
-        lines += _family(name, "counter", text, samples)
-    for name, attribute, text in _DURATIONS:
-        samples = [(_labels(version), getattr(counts, attribute) // 1000) for version, counts in versions]
-        lines += _family(name, "counter", f"{text}, cumulative, in microseconds", samples)
+    for name, text, value in _COUNTERS:
+        unit = ", cumulative microseconds" if name.endswith("_us") else ""
+        lines += _family(name, "counter", text + unit, [(_labels(v), value(c)) for v, c in versions])
     failures = [
         (_labels(version, reason=reason), counts.failure[reason])
         for version, counts in versions

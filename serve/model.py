@@ -34,7 +34,7 @@ class ModelVersion:
     """A model version that answers requests."""
 
     def __init__(self, version: int, config: ModelConfig, session: Session, instances: int) -> None:
-        """Start to serve; `instances` runs at most go on at once."""
+        """Start to serve; at most `instances` runs go on at once."""
         self.name = config.name
         self.version = version
         self.config = config
@@ -68,7 +68,7 @@ class ModelVersion:
         try:
             self._check(request)
         except InvalidArgumentError:
-            self.statistics.record_failure("OTHER")
+            self.statistics.record_failure("OTHER", call.received_ns)
             raise
         call.future = future
         call.queued_ns = time.monotonic_ns()
@@ -118,16 +118,16 @@ class ModelVersion:
         """Run a request and settle its future, whatever happens."""
         future = queued.future
         if not future.set_running_or_notify_cancel():
-            self.statistics.record_failure("CANCELED")
+            self.statistics.record_failure("CANCELED", queued.call.received_ns)
             return
         try:
             response = self._run(queued.request, queued.call)
         except CanceledError as error:
-            self._fail(future, "CANCELED", error)
+            self._fail(queued, "CANCELED", error)
         except ServeError as error:
-            self._fail(future, "BACKEND", error)
+            self._fail(queued, "BACKEND", error)
         except Exception as error:  # noqa: BLE001 - a waiter must never be left without an answer
-            self._fail(future, "BACKEND", InternalError(f"model '{self.name}': {error!r}"))
+            self._fail(queued, "BACKEND", InternalError(f"model '{self.name}': {error!r}"))
         else:
             future.set_result(response)
 
@@ -159,15 +159,15 @@ class ModelVersion:
 
     def _drop(self, queued: QueuedRequest) -> None:
         if queued.future.cancelled():
-            self.statistics.record_failure("CANCELED")
+            self.statistics.record_failure("CANCELED", queued.call.received_ns)
         else:
             error = DeadlineExceededError(f"model '{self.name}': the deadline passed in the queue")
-            self._fail(queued.future, "REJECTED", error)
+            self._fail(queued, "REJECTED", error)
 
-    def _fail(self, future: Future[InferResponse], reason: str, error: ServeError) -> None:
-        self.statistics.record_failure(reason)
+    def _fail(self, queued: QueuedRequest, reason: str, error: ServeError) -> None:
+        self.statistics.record_failure(reason, queued.call.received_ns)
         with contextlib.suppress(InvalidStateError):  # cancelled between the check and here
-            future.set_exception(error)
+            queued.future.set_exception(error)
 
 
 def _onnx_array(tensor: Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from serve.config_pbtxt import BACKEND, DEFAULT_MODEL_FILENAME, PLATFORM
 from serve.datatypes import BY_CONFIG_NAME, BY_ONNX_TYPE, DataType
 from serve.errors import InvalidArgumentError, ModelLoadError
 from serve.pb import model_config_pb2 as pb
@@ -60,12 +61,14 @@ class ModelConfig:
             graph takes is served.
         inputs: by name, in the config's order.
         outputs: by name, in the config's order.
+        message: the same and the rest of config.pbtxt, completed, as the ModelConfig RPC answers it.
     """
 
     name: str
     max_batch_size: int
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+    message: pb.ModelConfig
 
     @property
     def request_bytes(self) -> int:
@@ -100,12 +103,30 @@ def resolve(
     missing = {tensor.name for tensor in inputs} - {tensor.name for tensor in message.input}
     if message.input and missing:
         raise ModelLoadError(f"config.pbtxt: the graph's input {min(missing)!r} is missing")
-    return ModelConfig(
-        name=name,
-        max_batch_size=message.max_batch_size,
-        inputs=_resolve_tensors("input", message.input, inputs, {}, batched=batched),
-        outputs=_resolve_tensors("output", message.output, outputs, labels, batched=batched),
-    )
+    input_specs = _resolve_tensors("input", message.input, inputs, {}, batched=batched)
+    output_specs = _resolve_tensors("output", message.output, outputs, labels, batched=batched)
+    completed = _complete(message, name, input_specs, output_specs)
+    return ModelConfig(name, message.max_batch_size, input_specs, output_specs, completed)
+
+
+def _complete(
+    message: pb.ModelConfig, name: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+) -> pb.ModelConfig:
+    """A copy with what the file left out: names, the tensors, and Triton's defaults."""
+    completed = pb.ModelConfig()
+    completed.CopyFrom(message)
+    completed.name, completed.platform, completed.backend = name, PLATFORM, BACKEND
+    completed.default_model_filename = message.default_model_filename or DEFAULT_MODEL_FILENAME
+    if not completed.version_policy.WhichOneof("policy_choice"):
+        completed.version_policy.latest.num_versions = 1
+    skipped = 1 if message.max_batch_size else 0
+    for specs, fields in ((inputs, completed.input), (outputs, completed.output)):
+        stated = {field.name: field for field in fields}
+        for spec in specs.values():
+            field = stated[spec.name] if spec.name in stated else fields.add(name=spec.name)
+            field.data_type = getattr(pb, spec.datatype.config)
+            field.dims[:] = spec.shape[skipped:]
+    return completed
 
 
 def _resolve_tensors(

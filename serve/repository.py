@@ -94,6 +94,11 @@ class Repository:
             )
         raise NotFoundError(f"Request for unknown model: '{name}' version {number} is not found")
 
+    def find(self, name: str = "", version: str = "") -> list[ModelVersion]:
+        """The ready versions of this name, or of all names, and of this number, or of all numbers."""
+        number = _parse_version(version)
+        return [found for found in self if name in ("", found.name) and number in (None, found.version)]
+
     def versions(self, name: str) -> list[int]:
         """The ready versions of a model, ascending; none for an unknown one."""
         model = self._models.get(name)
@@ -181,6 +186,9 @@ def _load_version(folder: Path, number: int, message: pb.ModelConfig, root: Path
     labels = _read_labels(folder, message, root)
     session, instances = _open_session(path, instance_settings(message))
     config = resolve(message, folder.name, session.inputs, session.outputs, labels)
+    if not config.message.instance_group:
+        config.message.instance_group.add(name=folder.name, kind="KIND_AUTO")
+    config.message.instance_group[0].count = instances
     return ModelVersion(number, config, session, instances)
 
 

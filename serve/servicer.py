@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from serve import __version__, codec
 from serve.config_pbtxt import PLATFORM
+from serve.errors import InvalidArgumentError, UnsupportedError
 from serve.pb import grpc_service_pb2 as pb
+from serve.statistics import statistics_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 # What is implemented of Triton's list, by its names.
-EXTENSIONS = ("classification", "binary_tensor_data")
+EXTENSIONS = ("classification", "binary_tensor_data", "model_configuration", "statistics")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,38 @@ def _tensor_metadata(specs: Iterable[TensorSpec]) -> list[pb.ModelMetadataRespon
     ]
 
 
+def _model_config(core: InferenceCore, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
+    return pb.ModelConfigResponse(config=core.repository.get(request.name, request.version).config.message)
+
+
+def _repository_index(core: InferenceCore, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
+    if request.repository_name:
+        raise UnsupportedError("'repository_name' specification is not supported")
+    response = pb.RepositoryIndexResponse()
+    for model in core.repository.models:
+        for number in sorted(model.versions):
+            response.models.add(name=model.name, version=str(number), state="READY")
+        if request.ready:
+            continue
+        for problem, reason in model.problems.items():
+            response.models.add(
+                name=model.name, version=str(problem or ""), state="UNAVAILABLE", reason=reason
+            )
+    return response
+
+
+def _model_statistics(core: InferenceCore, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
+    found = core.repository.find(request.name, request.version)
+    if request.name and not found:
+        raise InvalidArgumentError(f"requested model '{request.name}' is not available")
+    return pb.ModelStatisticsResponse(
+        model_stats=[
+            statistics_message(version.name, version.version, version.statistics.snapshot())
+            for version in found
+        ]
+    )
+
+
 def _model_infer(core: InferenceCore, request: InferRequest, call: Call) -> Future[InferResponse]:
     # Every transport so far has a thread that waits for this answer, so the graph may run on it.
     return core.infer(request, call, inline=True)
@@ -102,5 +136,8 @@ METHODS: dict[str, Method] = {
     "ModelReady": _immediate(pb.ModelReadyRequest, _model_ready),
     "ServerMetadata": _immediate(pb.ServerMetadataRequest, _server_metadata),
     "ModelMetadata": _immediate(pb.ModelMetadataRequest, _model_metadata),
+    "ModelConfig": _immediate(pb.ModelConfigRequest, _model_config),
+    "ModelStatistics": _immediate(pb.ModelStatisticsRequest, _model_statistics),
+    "RepositoryIndex": _immediate(pb.RepositoryIndexRequest, _repository_index),
     "ModelInfer": Method(codec.decode_infer_request, _model_infer, codec.encode_infer_response, counted=True),
 }

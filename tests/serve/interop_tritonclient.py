@@ -70,6 +70,11 @@ def observe(client: Any) -> dict[str, Any]:
         ),
         "too_late": refusal(lambda: client.infer("slow", [long_run()], client_timeout=0.2)),
         "unknown_metadata": refusal(lambda: client.get_model_metadata("nope")),
+        "config": client.get_model_config("labelled", as_json=True)["config"],
+        "index": client.get_model_repository_index(as_json=True)["models"],
+        "statistics": statistics(client),
+        "unknown_config": refusal(lambda: client.get_model_config("nope")),
+        "unknown_statistics": refusal(lambda: client.get_inference_statistics("nope")),
         "sequence_flags": refusal(lambda: client.infer("versions", [x], sequence_id=5, sequence_start=True)),
     }
 
@@ -100,6 +105,14 @@ def classes(client: Any) -> list[Any]:
     wanted = [triton.InferRequestedOutput("y", class_count=2)]
     answer = client.infer("labelled", [x], outputs=wanted).as_numpy("y")
     return [[text.decode() for text in row] for row in answer]
+
+
+def statistics(client: Any) -> Any:
+    """What three requests of one row and one of two rows add to a model's statistics."""
+    for rows in (1, 1, 2, 1):
+        client.infer("labelled", [tensor("x", np.ones((rows, 3), np.float32), "FP32")])
+    refusal(lambda: client.infer("labelled", []))
+    return client.get_inference_statistics("labelled", as_json=True)["model_stats"][0]
 
 
 def asynchronous(client: Any, x: Any) -> Any:

@@ -301,8 +301,9 @@ def test_statistics_count_exactly(repository: Path) -> None:
     with pytest.raises(InvalidArgumentError):
         infer(core, "batched")
     counts = core.repository.get("batched").statistics.snapshot()
-    assert (counts.success, counts.inferences, counts.executions) == (3, 8, 3)
+    assert (counts.success, counts.inferences, counts.compute().executions) == (3, 8, 3)
     assert counts.failure["OTHER"] == 1
-    parts = counts.queue_ns + counts.compute_input_ns + counts.compute_infer_ns + counts.compute_output_ns
+    compute = counts.compute()
+    parts = counts.queue_ns + compute.input_ns + compute.infer_ns + compute.output_ns
     assert parts == counts.request_ns > 0
     core.repository.close()

@@ -93,9 +93,9 @@ def test_refusals_of_infer(stub: Any, message: pb.ModelInferRequest, code: str, 
     assert text in details
 
 
-@pytest.mark.parametrize("name", ["ModelMetadata"])
-def test_metadata_of_unknown_models_is_not_found(stub: Any, name: str) -> None:
-    call, message = getattr(stub, name), pb.ModelMetadataRequest
+@pytest.mark.parametrize("name", ["ModelMetadata", "ModelConfig"])
+def test_metadata_and_config_of_unknown_models_are_not_found(stub: Any, name: str) -> None:
+    call, message = getattr(stub, name), getattr(pb, f"{name}Request")
     assert refused(call, message(name="nope"))[0] == "NOT_FOUND"
     assert refused(call, message(name="fixed", version="9"))[0] == "NOT_FOUND"
     assert refused(call, message(name="fixed", version="x"))[0] == "INVALID_ARGUMENT"
@@ -163,7 +163,9 @@ def test_typed_contents_are_answered_raw(stub: Any) -> None:
 def test_server_metadata_names_only_what_is_there(stub: Any) -> None:
     metadata = stub.ServerMetadata(pb.ServerMetadataRequest())
     assert metadata.name == "onnxedge"
-    assert list(metadata.extensions) == ["classification", "binary_tensor_data"]
+    assert list(metadata.extensions) == [
+        "classification", "binary_tensor_data", "model_configuration", "statistics",
+    ]  # fmt: skip
 
 
 def test_metadata_of_a_model_without_config_comes_from_the_graph(stub: Any) -> None:

@@ -81,3 +81,40 @@ def test_refusals_have_tritons_codes(seen: dict[str, Any], case: str, status: st
 
 def test_sequence_parameters_of_a_stateless_model_are_ignored(seen: dict[str, Any]) -> None:
     assert seen["sequence_flags"] == ["OK", ""]
+
+
+def test_model_config_is_completed(seen: dict[str, Any]) -> None:
+    config = seen["config"]
+    assert (config["name"], config["platform"], config["backend"]) == (
+        "labelled", "onnxruntime_onnx", "onnxruntime",
+    )  # fmt: skip
+    assert (config["max_batch_size"], config["default_model_filename"]) == (8, "model.onnx")
+    assert config["version_policy"] == {"latest": {"num_versions": 1}}
+    assert config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": ["3"]}]
+    assert config["output"][0]["label_filename"] == "labels.txt"
+    assert config["instance_group"][0]["count"] >= 1
+    assert seen["unknown_config"][0] == "StatusCode.NOT_FOUND"
+
+
+def test_repository_index(seen: dict[str, Any]) -> None:
+    index = [(model["name"], model["version"], model["state"]) for model in seen["index"]]
+    assert ("versions", "1", "READY") in index
+    assert ("versions", "2", "READY") in index
+
+
+def test_statistics_count_requests_rows_and_runs_apart(seen: dict[str, Any]) -> None:
+    # One more request of one row came from the classification.
+    found = seen["statistics"]
+    assert (found["inference_count"], found["execution_count"]) == ("6", "5")
+    assert (found["inference_stats"]["success"]["count"], found["inference_stats"]["fail"]["count"]) == (
+        "5",
+        "1",
+    )
+    assert {b["batch_size"]: b["compute_infer"]["count"] for b in found["batch_stats"]} == {
+        "1": "4",
+        "2": "1",
+    }
+    assert int(found["last_inference"]) > 1_700_000_000_000
+    assert seen["unknown_statistics"] == [
+        "StatusCode.INVALID_ARGUMENT", "requested model 'nope' is not available",
+    ]  # fmt: skip
