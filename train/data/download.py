@@ -66,7 +66,8 @@ def fetch(url: str, path: Path, sha256: str) -> None:
         verify(partial, sha256)
     except (OSError, http.client.HTTPException) as error:
         raise DataError(
-            f"{url}: can't be fetched: {error}; fetch it by hand and name its folder with --data-dir"
+            f"{url}: can't be fetched: {error}; fetch it by hand and name its folder with --data-dir, "
+            "or train on the offline sample, where the data set has one, with --sample"
         ) from error
     except DataError as error:
         raise DataError(
