@@ -18,7 +18,8 @@ class Admission:
         self._limit = limit
         self._inside = 0
         self._closed = False
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._empty = threading.Condition(self._lock)
 
     @property
     def closed(self) -> bool:
@@ -31,7 +32,7 @@ class Admission:
         Raises:
             UnavailableError: the server stops, or `limit` requests are inside.
         """
-        with self._condition:
+        with self._lock:
             if self._closed:
                 raise UnavailableError("the server is shutting down and has stopped accepting new requests")
             if self._inside >= self._limit:
@@ -43,13 +44,13 @@ class Admission:
 
     def leave(self) -> None:
         """A request that was let in is through."""
-        with self._condition:
+        with self._lock:
             self._inside -= 1
             if self._closed and not self._inside:
-                self._condition.notify_all()
+                self._empty.notify_all()
 
     def close(self, timeout: float) -> bool:
         """Refuse new requests and wait until those inside are through, `timeout` seconds at most."""
-        with self._condition:
+        with self._empty:
             self._closed = True
-            return self._condition.wait_for(lambda: not self._inside, timeout)
+            return self._empty.wait_for(lambda: not self._inside, timeout)

@@ -38,7 +38,9 @@ class Executor:
         self._run = run
         self._drop = drop
         self._scheduler = DefaultScheduler()
-        self._wake = threading.Condition()
+        # The lock itself on the hot path: entering it through the condition is a Python call more each time.
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
         self._running = 0
         self._closed = False
         self._threads = [
@@ -54,7 +56,7 @@ class Executor:
 
     def submit(self, queued: QueuedRequest, *, inline: bool) -> None:
         """Run a request now on this thread, if `inline` and an instance is free, else leave it to be run."""
-        with self._wake:
+        with self._lock:
             if inline and self._running < self._instances and not self._scheduler:
                 self._running += 1
             else:
@@ -75,7 +77,7 @@ class Executor:
         try:
             self._run(queued)
         finally:
-            with self._wake:
+            with self._lock:
                 self._running -= 1
                 if self._scheduler:
                     self._wake.notify()
