@@ -28,16 +28,25 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt pip
 	@echo "== installing $(TORCH): a wheel at hand, or the one of $(TORCH_INDEX)"
 	@$(PIP) install --no-index --no-deps $(TORCH) 2>/dev/null || \
-	  $(PIP) install --progress-bar on --no-deps --index-url $(TORCH_INDEX) $(TORCH)
+	  $(PIP) install --progress-bar on --no-deps --index-url $(TORCH_INDEX) $(TORCH) || \
+	  { echo "$(TORCH) could not be had: name the folder of a wheel with PIP_FIND_LINKS=..., or another"; \
+	    echo "index with make TORCH_INDEX=..."; exit 1; }
 	@echo "== installing onnxedge and the tools"
 	@$(PIP) install -c constraints.txt --group dev -e '.[images]'
 	@touch $@
 
-$(CHECKPOINT)/checkpoint.json: | $(VENV)/installed
-	@echo "== training the quick recipe (Fashion-MNIST sample, about a minute)"
-	@$(BIN)/python -m train mobilenet --recipe quick --out $(CHECKPOINT)
+# The checkpoint is there after every epoch, so only the stamp says that training has ended.
+$(CHECKPOINT).trained: | $(VENV)/installed
+	@if [ -e $(CHECKPOINT)/checkpoint.json ]; then \
+	  echo "== training goes on from $(CHECKPOINT)"; \
+	  $(BIN)/python -m train mobilenet --resume --out $(CHECKPOINT); \
+	else \
+	  echo "== training the quick recipe (Fashion-MNIST sample, about a minute)"; \
+	  $(BIN)/python -m train mobilenet --recipe quick --out $(CHECKPOINT); \
+	fi
+	@touch $@
 
-$(ENTRY): | $(CHECKPOINT)/checkpoint.json
+$(ENTRY): | $(CHECKPOINT).trained
 	@echo "== exporting to int8 ONNX"
 	@$(BIN)/python -m export $(CHECKPOINT) --to models
 
@@ -67,5 +76,5 @@ proto: $(VENV)/installed ## generate serve/pb/ from proto/
 	@$(BIN)/python -m grpc_tools.protoc -Iserve/pb=proto --python_out=. --pyi_out=. --grpc_python_out=. \
 	  serve/pb/grpc_service.proto
 
-clean: ## remove the environment and everything made
-	rm -rf $(VENV) runs models build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the environment and caches; runs/ and models/ stay
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     print(f"\n{summary(result.report)}\n")
-    print(f"wrote {result.folder}")
+    print(f"{'replaced' if result.replaced else 'wrote'} {result.folder}")
     print(f"next: onnxedge serve --model-repository {options.to}")
     return 0
 
@@ -45,13 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def summary(report: Mapping[str, Any]) -> str:
     """A table of a report's figures, fp32 beside int8."""
     metric, sizes, latency = report["metric"], report["bytes"], report["latency_ms"]
+    # Of the rounded figures: a reader subtracts those.
+    points = round(100 * metric["int8"], 2) - round(100 * metric["fp32"], 2)
     table = [
         ("", "fp32", "int8", ""),
         (
             metric["name"],
             f"{100 * metric['fp32']:.2f} %",
             f"{100 * metric['int8']:.2f} %",
-            f"{100 * (metric['int8'] - metric['fp32']):+.2f} points on {metric['rows']} rows",
+            f"{points:+.2f} points on {metric['rows']} rows",
         ),
         ("size", f"{sizes['fp32'] / 1e6:.2f} MB", f"{sizes['int8'] / 1e6:.2f} MB", f"x {sizes['ratio']:.2f}"),
     ]

@@ -33,10 +33,12 @@ class ExportResult:
     Attributes:
         folder: the version folder.
         report: the content of its report.json, without the sha256.
+        replaced: whether there was such a version before.
     """
 
     folder: Path
     report: Mapping[str, Any]
+    replaced: bool
 
 
 def export_checkpoint(settings: ExportSettings, say: Callable[[str], None]) -> ExportResult:
@@ -55,6 +57,10 @@ def export_checkpoint(settings: ExportSettings, say: Callable[[str], None]) -> E
     say(f"rebuild the network of {settings.checkpoint}")
     info, model = load_model(settings.checkpoint)
     family = load_family(info.family)
+    if info.epoch == 0:
+        raise ExportError(f"{settings.checkpoint} is untrained: it has no finished epoch; train it first")
+    if f"test_{family.METRIC}" not in info.metrics:  # written when a run has ended
+        say(f"note: training was cut short, after {info.epoch} of {info.recipe['epochs']} epochs")
     try:
         data = family.serving_data(info.recipe, settings.data_dir)
     except ValueError as error:
@@ -83,7 +89,8 @@ def export_checkpoint(settings: ExportSettings, say: Callable[[str], None]) -> E
         version_files={"model.onnx": graphs.content["int8"], "golden.npz": _golden(data, verification)},
         report=report,
     )
-    return ExportResult(write_entry(settings.repository, entry), report)
+    replaced = (settings.repository / name / str(settings.version)).exists()
+    return ExportResult(write_entry(settings.repository, entry), report, replaced)
 
 
 def _golden(data: ServingData, verification: Verification) -> bytes:

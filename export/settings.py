@@ -50,6 +50,8 @@ class ExportSettings:
             raise ExportError(
                 f"--name {self.name!r}: expected letters, digits, '.', '-', '_', the first a letter or digit"
             )
+        if self.repository.exists() and not self.repository.is_dir():
+            raise ExportError(f"--to {self.repository}: is a file; name a folder of models")
         if self.version < 1:
             raise ExportError(f"--version {self.version}: expected at least 1")
         if not 0 <= self.tolerance <= 100:  # noqa: PLR2004 - points of 100

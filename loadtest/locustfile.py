@@ -5,17 +5,21 @@ With locust's web page: locust -f loadtest/locustfile.py --host localhost:8001 -
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import grpc
 import grpc.experimental.gevent as grpc_gevent
 from locust import User, constant, events, task
+from locust.exception import StopUser
 
 from loadtest.payload import fetch_metadata, infer_path, request_bytes
 
 if TYPE_CHECKING:
     from locust.argument_parser import LocustArgumentParser
+
+logger = logging.getLogger(__name__)
 
 # Before any grpc object is made: without it the C core blocks the greenlets' one thread.
 grpc_gevent.init_gevent()
@@ -35,10 +39,18 @@ class InferUser(User):
     shared: ClassVar[dict[str, Any]] = {}
 
     def on_start(self) -> None:
-        """Make the channel and the request once per process."""
-        if not self.shared:
-            options = self.environment.parsed_options
-            self.shared.update(prepare(self.host or "localhost:8001", options.model, options.batch_size))
+        """Make the channel and the request once per process; without a server or model the test is over."""
+        if self.shared:
+            return
+        options, target = self.environment.parsed_options, self.host or "localhost:8001"
+        try:
+            self.shared.update(prepare(target, options.model, options.batch_size))
+        except grpc.RpcError as error:
+            logger.error("%s: %s: %s", target, error.code().name, error.details())  # noqa: TRY400 - says it all
+            self.environment.process_exit_code = 1
+            if self.environment.runner:
+                self.environment.runner.quit()
+            raise StopUser from error
 
     @task
     def infer(self) -> None:

@@ -40,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     """Print the top classes of an image; the exit status."""
     options = _parse(arguments)
     try:
+        if options.top < 1:
+            raise InferError(f"--top is {options.top}, expected 1 or more")  # noqa: TRY301 - answered as the others
         with grpc.insecure_channel(options.url) as channel:
             scores = classify_image(GRPCInferenceServiceStub(channel), options)
     except grpc.RpcError as error:
@@ -115,6 +117,8 @@ def image_array(path: Path, spec: Any, scaling: str | None) -> np.ndarray:
         )
     if spec.datatype not in ("UINT8", "FP32", "FP16"):
         raise InferError(f"input '{spec.name}' is {spec.datatype}, expected UINT8, FP32 or FP16")
+    if spec.datatype == "UINT8" and scaling not in (None, "none"):
+        raise InferError(f"input '{spec.name}' is UINT8 and takes pixels as they are: leave --scaling out")
     if spec.datatype != "UINT8" and scaling is None:
         raise InferError(
             f"input '{spec.name}' is {spec.datatype}: name its --scaling, {', '.join(_SCALINGS)}"
@@ -139,6 +143,8 @@ def _read_pixels(path: Path, mode: str, height: int, width: int) -> np.ndarray:
             image = opened.convert(mode)
     except UnidentifiedImageError as error:
         raise InferError(f"{path} is not an image that Pillow reads") from error
+    except OSError as error:  # of a truncated file, Pillow's message does not name it
+        raise InferError(f"{path}: {error.strerror or error}") from error
     size = (width if width > 0 else image.width, height if height > 0 else image.height)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BILINEAR)

@@ -58,7 +58,10 @@ class Repository:
     def load(self) -> None:
         """Load all models; what can't be loaded is recorded and logged, the others go on."""
         for root in self._folders:
-            for folder in _model_folders(root):
+            folders = _model_folders(root)
+            if not folders:
+                logger.warning("no model in %s: expected folders NAME/1/%s", root, DEFAULT_MODEL_FILENAME)
+            for folder in folders:
                 model = Model(folder.name)
                 if folder.name in self._models:
                     problem = "a model of this name is in an earlier model repository too: rename one"

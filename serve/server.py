@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,18 +14,19 @@ from typing import TYPE_CHECKING, NoReturn
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
+from serve import __version__
 from serve.core import InferenceCore
-from serve.errors import CanceledError, InternalError, ModelLoadError, ServeError
+from serve.errors import CanceledError, InternalError, ModelLoadError, ServeError, UnsupportedError
 from serve.health import publish
 from serve.metrics import start_metrics_server
 from serve.reflection import add_reflection
 from serve.repository import Repository
 from serve.request import Call
-from serve.servicer import METHODS, SERVICE, Method
+from serve.servicer import METHODS, RPCS, SERVICE, Method
 from serve.settings import SettingsError, parse_server_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from http.server import ThreadingHTTPServer
 
     from serve.settings import ServerSettings
@@ -62,6 +64,10 @@ class Server:
             OSError, RuntimeError: an endpoint's address can't be bound.
         """
         settings = self._settings
+        if not settings.reuse_grpc_port:
+            _require_free("--grpc-port", settings.grpc_address, settings.grpc_port)
+        if settings.allow_metrics:
+            _require_free("--metrics-port", settings.metrics_address, settings.metrics_port)
         self._repository.load()
         if settings.exit_on_error and not all(model.ready for model in self._repository.models):
             raise ModelLoadError(
@@ -122,14 +128,30 @@ class Server:
             ],
         )
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-            name: grpc.unary_unary_rpc_method_handler(_unary(self._core, name, method))
-            for name, method in METHODS.items()
+            name: grpc.unary_unary_rpc_method_handler(_unary(self._core, name, METHODS[name]))
+            if name in METHODS
+            else grpc.stream_stream_rpc_method_handler(_unimplemented(name))
+            for name in RPCS
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         server.add_registered_method_handlers(SERVICE, handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection(server, (SERVICE, health.SERVICE_NAME))
         return server
+
+
+def _require_free(flag: str, address: str, port: int) -> None:
+    """Find a taken port before the models load, and say which; gRPC's own message names none.
+
+    Raises:
+        OSError: the address can't be bound.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        socket.create_server((address, port), family=family).close()
+    except OSError as error:
+        where = _host_port(address, port)
+        raise OSError(f"{where} ({flag}) can't be had: {error.strerror or error}") from error
 
 
 def _host_port(address: str, port: int) -> str:
@@ -159,6 +181,15 @@ def _unary(core: InferenceCore, name: str, method: Method) -> Callable[[bytes, g
         except Exception as error:
             logger.exception("%s failed", name)
             _abort(context, name, InternalError(f"{name}: {error!r}"))
+
+    return answer
+
+
+def _unimplemented(name: str) -> Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]:
+    """A handler of any arity that says which RPC is missing; gRPC's own answer is "Method not found!"."""
+
+    def answer(_requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        _abort(context, name, UnsupportedError(f"{name} is not implemented by onnxedge {__version__}"))
 
     return answer
 

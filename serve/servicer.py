@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from serve.model_config import TensorSpec
     from serve.request import Call, InferRequest, InferResponse
 
-SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+SERVICE: str = _DESCRIPTOR.full_name
+RPCS = tuple(method.name for method in _DESCRIPTOR.methods)
+"""All methods of the protocol, also those that are not in `METHODS`."""
 
 # What is implemented of Triton's list, by its names.
 EXTENSIONS = ("classification", "binary_tensor_data", "model_configuration", "statistics")

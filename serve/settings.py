@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_PREFIX = "ONNXEDGE_"
 _MAX_PORT = 65535
+# Nearer than --http-port is to --grpc-port: a flag that is Triton's but not ours is no typing error.
+_NEAR = 0.8
 _BOOLEANS = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False}
 _BOOLEANS["no"] = False
 
@@ -131,8 +133,10 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
     if unknown:
         flag = unknown[0].split("=")[0]
         known = [name for action in parser._actions for name in action.option_strings]  # noqa: SLF001 - no public list
-        near = difflib.get_close_matches(flag, known, 1)
-        hint = f"did you mean {near[0]}?" if near else "see onnxedge serve --help"
+        near = difflib.get_close_matches(flag, known, 1, _NEAR)
+        if not flag.startswith("-"):
+            raise SettingsError(f"unexpected {flag!r}: did you mean --model-repository {flag}?")
+        hint = f"did you mean {near[0]}?" if near else "onnxedge serve --help lists those that there are"
         raise SettingsError(f"unknown flag {flag}: {hint}")
     return namespace
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from train.checkpoint import CheckpointError, load_info
+from train.checkpoint import INFO, CheckpointError, load_info
 from train.data.download import DataError
 from train.family import FAMILIES, load_family
 from train.flags import FlagParser, add_recipe_flags, given_fields
@@ -88,15 +88,23 @@ def make_parser(name: str, family: Family) -> FlagParser:
         description=(family.__doc__ or "").partition("\n")[0],
     )
     parser.add_argument(
-        "--recipe", choices=sorted(family.RECIPES), default="full", help="settings to start from"
+        "--recipe",
+        choices=sorted(family.RECIPES),
+        default="full",
+        help="settings to start from (default: full)",
     )
     parser.add_argument(
         "--data-dir", type=Path, metavar="FOLDER", help="the data set's files, or a folder of them"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs") / name, metavar="FOLDER", help="checkpoint")
+    out = Path("runs") / name
     parser.add_argument(
+        "--out", type=Path, default=out, metavar="FOLDER", help=f"checkpoint folder (default: {out})"
+    )
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument(
         "--resume", action="store_true", help="go on from --out, by its recipe; --epochs may differ"
     )
+    earlier.add_argument("--overwrite", action="store_true", help="replace the checkpoint that is in --out")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one"
     )
@@ -151,12 +159,16 @@ def run(name: str, family: Family, recipe: Recipe, parsed: argparse.Namespace, d
         FloatingPointError: the loss is not finite.
     """
     started = time.perf_counter()
+    if not parsed.resume and not parsed.overwrite:
+        _refuse_trained(parsed.out)
     task = family.task(recipe, parsed.data_dir)
     trainer = Trainer(task, recipe, parsed.out, family=name, metric=family.METRIC, device=device)
     if parsed.resume:
         trainer.resume()
     parameters = sum(weight.numel() for weight in task.model.parameters())
-    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    on_cpu = "1 CPU thread" if threads == 1 else f"{threads} CPU threads"
+    where = on_cpu if device.type == "cpu" else torch.cuda.get_device_name()
     print(
         f"{name}: {parameters:,} parameters, {task.dataset}, {trainer.progress.epoch} of {recipe.epochs} "
         f"epochs done, {task.steps_per_epoch} steps each, on {where}",
@@ -171,9 +183,26 @@ def run(name: str, family: Family, recipe: Recipe, parsed: argparse.Namespace, d
         f"test {family.METRIC} {metrics[f'test_{family.METRIC}']:.4f} with the weights of epoch "
         f"{trainer.progress.best_epoch}, {time.perf_counter() - started:.0f} s\n"
         f"checkpoint: {parsed.out}\n"
-        f"next: python -m export {shlex.quote(str(parsed.out))} --to models/"
+        f"next: {_export_command(name, parsed.out)}"
     )
     return 0
+
+
+def _refuse_trained(out: Path) -> None:
+    """Keep a run's epochs from being lost to a forgotten --out."""
+    if (out / INFO).exists() and (epochs := load_info(out).epoch):
+        raise CheckpointError(
+            f"{out}: has a checkpoint of {epochs} epoch{'s' * (epochs > 1)}; --resume goes on from it, "
+            "--overwrite replaces it, --out names another folder"
+        )
+
+
+def _export_command(family: str, out: Path) -> str:
+    """What to type next; a run in a folder of its own becomes an entry of its own."""
+    words = ["python", "-m", "export", str(out), "--to", "models/"]
+    if out.name != family:
+        words += ["--name", out.name]
+    return shlex.join(words)
 
 
 def available_cpus() -> int:
@@ -196,7 +225,8 @@ def _interrupt_message(name: str, trainer: Trainer, parsed: argparse.Namespace) 
     if parsed.data_dir is not None:
         command += ["--data-dir", str(parsed.data_dir)]
     epoch = load_info(parsed.out).epoch
-    return f"interrupted; {parsed.out} has {epoch} finished epochs; go on with: {shlex.join(command)}"
+    epochs = "1 finished epoch" if epoch == 1 else f"{epoch} finished epochs"
+    return f"interrupted; {parsed.out} has {epochs}; go on with: {shlex.join(command)}"
 
 
 def _fail(error: Exception) -> int:

@@ -24,7 +24,7 @@ class FlagParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(arguments)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
             self.error(
                 f"{flag}: unknown; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,40 @@ def test_config_describes_the_graph(exported: Exported) -> None:
     assert config.input[0].data_type == model_config_pb2.TYPE_UINT8
     assert config.output[0].data_type == model_config_pb2.TYPE_FP32
     assert config.output[0].label_filename == "labels.txt"
+
+
+def with_info(checkpoint: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of a checkpoint that says other things of itself."""
+    shutil.copytree(checkpoint, folder)
+    info = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps(info | changes))
+    return folder
+
+
+def test_an_untrained_network_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untrained = with_info(checkpoint, tmp_path / "untrained", epoch=0)
+    assert main([str(untrained), "--to", str(tmp_path / "models")]) == 1
+    assert "is untrained: it has no finished epoch" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_run_that_was_cut_short_is_said_to_be(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = with_info(checkpoint, tmp_path / "short", epoch=1, metrics={})
+    main([str(short), "--to", str(tmp_path / "models"), "--tolerance", "0"])
+    assert "note: training was cut short, after 1 of 2 epochs" in capsys.readouterr().out
+
+
+def test_a_target_that_is_a_file_is_refused_before_the_work(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main([str(checkpoint), "--to", str(tmp_path / "file")]) == 1
+    printed = capsys.readouterr()
+    assert (printed.out, "is a file; name a folder of models" in printed.err) == ("", True)
 
 
 def test_labels_are_the_data_sets(exported: Exported) -> None:

@@ -94,6 +94,16 @@ def test_the_locustfile_runs_under_locust(target: RunningServer) -> None:
     assert re.search(r"gRPC +tiny +\d{2,} +0\(0.00%\)", done.stderr + done.stdout)
 
 
+def test_locust_ends_with_one_line_where_the_model_is_not(target: RunningServer) -> None:
+    done = run(
+        "locust", "-f", "loadtest/locustfile.py", "--host", target.url, "--model", "nope",
+        "--headless", "-u", "1", "-t", "60s",
+    )  # fmt: skip
+    output = done.stderr + done.stdout
+    assert (done.returncode, "Traceback" in output) == (1, False)
+    assert "NOT_FOUND: Request for unknown model: 'nope'" in output
+
+
 def test_percentiles_are_those_of_the_samples() -> None:
     recorder = LatencyRecorder()
     samples = np.random.default_rng(0).exponential(0.4, 20_000)

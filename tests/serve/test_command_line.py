@@ -66,6 +66,8 @@ def test_flags_win_over_the_environment(tmp_path: Path) -> None:
         ([], "--model-repository is missing"),
         (["--model-repository=/nowhere"], "/nowhere is not a folder"),
         (["--model-repositry=/tmp"], "unknown flag --model-repositry: did you mean --model-repository"),
+        (["--http-port=8000"], "unknown flag --http-port: onnxedge serve --help lists"),
+        (["models"], "unexpected 'models': did you mean --model-repository models?"),
         (["--model-repository=.", "--grpc-port=99999"], "--grpc-port is 99999, expected 0 to 65535"),
         (["--model-repository=.", "--grpc-port=eight"], "--grpc-port: invalid int value: 'eight'"),
         (["--model-repository=.", "--allow-metrics=perhaps"], "expected true or false, got 'perhaps'"),
@@ -89,7 +91,22 @@ def test_a_taken_port_is_reported(server: RunningServer, repository: Path) -> No
     flags = ("--model-repository", repository, f"--grpc-port={server.grpc_port}", "--grpc-address=127.0.0.1")
     ended = onnxedge("serve", *flags, "--metrics-port=0")
     assert ended.returncode == 1
-    assert "Failed to bind to address 127.0.0.1" in ended.stderr
+    assert f"127.0.0.1:{server.grpc_port} (--grpc-port) can't be had: Address already" in ended.stderr
+    flags = (
+        *flags[:2],
+        "--grpc-port=0",
+        f"--metrics-port={server.metrics_port}",
+        "--metrics-address=127.0.0.1",
+    )
+    ended = onnxedge("serve", *flags)
+    assert f"127.0.0.1:{server.metrics_port} (--metrics-port) can't be had: Address already" in ended.stderr
+    assert "successfully loaded" not in ended.stderr
+
+
+def test_an_empty_repository_is_warned_of(serve: Callable[..., RunningServer], tmp_path: Path) -> None:
+    running = serve("--model-repository", tmp_path)
+    assert f"no model in {tmp_path}" in "".join(running.log)
+    assert running.stop() == 0
 
 
 def test_flags_without_a_command_are_those_of_serve(repository: Path) -> None:
@@ -166,6 +183,8 @@ def test_infer_scales_float_inputs_as_told(
         ("nope", [], "NOT_FOUND: Request for unknown model: 'nope'"),
         ("hwc", ["--image", __file__], "is not an image"),
         ("hwc", ["--image", "/nowhere.png"], "No such file"),
+        ("hwc", ["--scaling", "unit"], "is UINT8 and takes pixels as they are: leave --scaling out"),
+        ("hwc", ["--top", "0"], "--top is 0, expected 1 or more"),
         ("hwc", ["--url", "127.0.0.1:1", "--timeout", "5"], "127.0.0.1:1: UNAVAILABLE"),
     ],
 )

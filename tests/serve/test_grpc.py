@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
+from serve import __version__
 from serve.codec import decode_tensor
 from serve.datatypes import DATATYPES
 from serve.pb import grpc_service_pb2 as pb
@@ -119,6 +120,15 @@ def test_malformed_protobuf_is_an_invalid_argument(channel: grpc.Channel) -> Non
 def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:
     call: Any = channel.unary_unary("/inference.GRPCInferenceService/NoSuchMethod")
     assert refused(call, b"")[0] == "UNIMPLEMENTED"
+
+
+def test_what_is_not_implemented_says_so(stub: Any) -> None:
+    load = refused(stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="fixed"))
+    assert load == ("UNIMPLEMENTED", f"RepositoryModelLoad is not implemented by onnxedge {__version__}")
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.ModelStreamInfer(iter([pb.ModelInferRequest()])))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "ModelStreamInfer is not" in (caught.value.details() or "")
 
 
 def test_a_request_over_the_limit_is_refused_and_the_server_goes_on(stub: Any) -> None:

@@ -23,11 +23,23 @@ def test_a_run_says_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "fashion_mnist (sample)" in printed
     assert "epoch   1/1" in printed
-    assert f"checkpoint: {out}\nnext: python -m export {out} --to models/\n" in printed
+    assert f"checkpoint: {out}\nnext: python -m export {out} --to models/ --name run\n" in printed
     info, _ = load_model(out)
     assert (info.family, info.seed, info.epoch) == ("mobilenet", 5, 1)
     assert info.recipe["train_rows"] == 64
     assert f"test accuracy {info.metrics['test_accuracy']:.4f} with the weights of epoch 1" in printed
+
+
+def test_a_trained_checkpoint_is_not_lost_to_a_forgotten_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main([*TINY, "--out", str(out)]) == 0
+    assert main([*TINY, "--out", str(out), "--seed", "5"]) == 1
+    assert "has a checkpoint of 1 epoch; --resume goes on from it, --overwrite" in capsys.readouterr().err
+    assert load_info(out).seed == 0
+    assert main([*TINY, "--out", str(out), "--seed", "5", "--overwrite"]) == 0
+    assert load_info(out).seed == 5
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
