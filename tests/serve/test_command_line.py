@@ -92,13 +92,8 @@ def test_a_taken_port_is_reported(server: RunningServer, repository: Path) -> No
     ended = onnxedge("serve", *flags, "--metrics-port=0")
     assert ended.returncode == 1
     assert f"127.0.0.1:{server.grpc_port} (--grpc-port) can't be had: Address already" in ended.stderr
-    flags = (
-        *flags[:2],
-        "--grpc-port=0",
-        f"--metrics-port={server.metrics_port}",
-        "--metrics-address=127.0.0.1",
-    )
-    ended = onnxedge("serve", *flags)
+    taken = (f"--metrics-port={server.metrics_port}", "--metrics-address=127.0.0.1")
+    ended = onnxedge("serve", "--model-repository", repository, "--grpc-port=0", *taken)
     assert f"127.0.0.1:{server.metrics_port} (--metrics-port) can't be had: Address already" in ended.stderr
     assert "successfully loaded" not in ended.stderr
 
