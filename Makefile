@@ -1,9 +1,15 @@
 # `make serve`: from nothing to an image classifier on :8001. `make test`: everything CI runs.
 
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+# One line that counts, in place of pip's hundreds.
+COUNT = awk '/^Collecting/ { printf "\r   package %d of about %d", ++n, total; fflush() } END { print "" }' \
+  total=$$(grep -c == constraints.txt)
 # Where torch comes from when no wheel of it is at hand (PIP_FIND_LINKS). For a GPU:
 # make serve TORCH_INDEX=https://download.pytorch.org/whl/cu130
 TORCH = torch==2.13.0
@@ -25,14 +31,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -c constraints.txt pip
+	@$(PIP) install --quiet -c constraints.txt pip
 	@echo "== installing $(TORCH): a wheel at hand, or the one of $(TORCH_INDEX)"
-	@$(PIP) install --no-index --no-deps $(TORCH) 2>/dev/null || \
-	  $(PIP) install --progress-bar on --no-deps --index-url $(TORCH_INDEX) $(TORCH) || \
+	@$(PIP) install --quiet --no-index --no-deps $(TORCH) 2>/dev/null || \
+	  $(PIP) install --no-deps --index-url $(TORCH_INDEX) $(TORCH) || \
 	  { echo "$(TORCH) could not be had: name the folder of a wheel with PIP_FIND_LINKS=..., or another"; \
 	    echo "index with make TORCH_INDEX=..."; exit 1; }
 	@echo "== installing onnxedge and the tools"
-	@$(PIP) install -c constraints.txt --group dev -e '.[images]'
+	@$(PIP) install -c constraints.txt --group dev -e '.[images]' | $(COUNT)
 	@touch $@
 
 # The checkpoint is there after every epoch, so only the stamp says that training has ended.
