@@ -8,8 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 # One line that counts, in place of pip's hundreds.
-COUNT = awk '/^Collecting/ { printf "\r   package %d of about %d", ++n, total; fflush() } END { print "" }' \
-  total=$$(grep -c == constraints.txt)
+COUNT = awk '/^Collecting/ { printf "\r   package %d", ++n; fflush() } END { print "" }'
 # Where torch comes from when no wheel of it is at hand (PIP_FIND_LINKS). For a GPU:
 # make serve TORCH_INDEX=https://download.pytorch.org/whl/cu130
 TORCH = torch==2.13.0
