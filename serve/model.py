@@ -124,6 +124,8 @@ class ModelVersion:
             response = self._run(queued.request, queued.call)
         except CanceledError as error:
             self._fail(queued, "CANCELED", error)
+        except InvalidArgumentError as error:
+            self._fail(queued, "OTHER", error)
         except ServeError as error:
             self._fail(queued, "BACKEND", error)
         except Exception as error:  # noqa: BLE001 - a waiter must never be left without an answer

@@ -300,6 +300,9 @@ def test_statistics_count_exactly(repository: Path) -> None:
         infer(core, "batched", fp32("a", rows), fp32("b", rows))
     with pytest.raises(InvalidArgumentError):
         infer(core, "batched")
+    with pytest.raises(InternalError):
+        infer(core, "gather", int64("x", [9]))
+    assert core.repository.get("gather").statistics.snapshot().failure["BACKEND"] == 1
     counts = core.repository.get("batched").statistics.snapshot()
     assert (counts.success, counts.inferences, counts.compute().executions) == (3, 8, 3)
     assert counts.failure["OTHER"] == 1
