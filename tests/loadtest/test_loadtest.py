@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 def target(tmp_path_factory: pytest.TempPathFactory, serve: Callable[..., RunningServer]) -> RunningServer:
     root = tmp_path_factory.mktemp("models")
     write_model(root / "tiny", scaled(1))
-    return serve("--model-repository", root)
+    return serve("--model-repository", root, "--max-request-bytes=4096")
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -67,8 +67,8 @@ def test_the_closed_loop_reports_what_the_server_counted(target: RunningServer) 
 
 
 def test_failures_are_counted_by_status(target: RunningServer) -> None:
-    # 20 million rows of 4 floats are over the server's message limit.
-    flags = ("--model=tiny", "--users=1", "--duration=1", "--batch-size=20000000", f"--url={target.url}")
+    # 1000 rows of 4 floats are over the 4096 bytes that this server takes.
+    flags = ("--model=tiny", "--users=1", "--duration=1", "--batch-size=1000", f"--url={target.url}")
     done = run("loadtest", *flags)
     assert done.returncode == 1
     assert reported(done.stdout, "requests answered") == 0
