@@ -56,14 +56,15 @@ def test_the_closed_loop_reports_what_the_server_counted(target: RunningServer) 
     done = run("loadtest", "--model=tiny", "--users=4", "--duration=2", f"--url={target.url}")
     assert done.returncode == 0, done.stderr
     answered, throughput = reported(done.stdout, "requests answered"), reported(done.stdout, "throughput")
-    assert throughput == pytest.approx(answered / 2, rel=0.1)
+    # Per second of the time that it really took: 2 s, or more on a machine that is busy elsewhere.
+    assert answered / 4 < throughput <= answered / 2 * 1.01
     # The server also answered the warm-up, and what was on its way when the time was up.
     assert answered <= server_count(target) - before
     p50, p90, p99 = (reported(done.stdout, name) for name in ("p50", "p90", "p99"))
     assert 0 < p50 <= p90 <= p99 <= reported(done.stdout, "max")
     assert reported(done.stdout, "failed") == 0
-    # Four users that each wait for their answers: Little's law, within what a busy machine allows.
-    assert throughput * reported(done.stdout, "mean") / 1000 == pytest.approx(4, rel=0.35)
+    # Little's law: of four users at most four are waiting, and most of them most of the time.
+    assert 2 < throughput * reported(done.stdout, "mean") / 1000 <= 4.2
 
 
 def test_failures_are_counted_by_status(target: RunningServer) -> None:
