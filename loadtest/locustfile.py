@@ -14,7 +14,7 @@ import grpc.experimental.gevent as grpc_gevent
 from locust import User, constant, events, task
 from locust.exception import StopUser
 
-from loadtest.payload import fetch_metadata, infer_path, request_bytes
+from loadtest.payload import INFER_PATH, fetch_metadata, request_bytes
 
 if TYPE_CHECKING:
     from locust.argument_parser import LocustArgumentParser
@@ -84,4 +84,4 @@ def prepare(target: str, model: str, batch: int) -> dict[str, Any]:
         options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
     )
     request = request_bytes(fetch_metadata(channel, model), batch)
-    return {"channel": channel, "call": channel.unary_unary(infer_path()), "request": request, "model": model}
+    return {"channel": channel, "call": channel.unary_unary(INFER_PATH), "request": request, "model": model}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import grpc
 
 _SERVICE = "/inference.GRPCInferenceService"
+INFER_PATH = f"{_SERVICE}/ModelInfer"
 _FLOATS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
 _INTEGERS = {
     **{f"UINT{bits}": f"<u{bits // 8}" for bits in (8, 16, 32, 64)},
@@ -20,11 +21,6 @@ _INTEGERS = {
 }
 # Indices into a vocabulary or a set of classes are the usual integers; small ones are legal for most models.
 _INTEGER_END = 100
-
-
-def infer_path() -> str:
-    """The method path of ModelInfer."""
-    return f"{_SERVICE}/ModelInfer"
 
 
 def fetch_metadata(channel: grpc.Channel, model: str, timeout: float = 10.0) -> pb.ModelMetadataResponse:

@@ -64,12 +64,12 @@ class ModelVersion:
         Raises:
             InvalidArgumentError: the request doesn't fit the model.
         """
-        future: Future[InferResponse] = Future()
         try:
             self._check(request)
         except InvalidArgumentError:
             self.statistics.record_failure("OTHER", call.received_ns)
             raise
+        future: Future[InferResponse] = Future()
         call.future = future
         call.queued_ns = time.monotonic_ns()
         self._executor.submit(QueuedRequest(request, call, future), inline=inline)

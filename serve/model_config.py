@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from serve.session import GraphTensor
 
 
+def _fits(shape: tuple[int, ...], allowed: tuple[int, ...]) -> bool:
+    """Whether a shape has the rank and every fixed dimension of `allowed`, where -1 is any size."""
+    return len(shape) == len(allowed) and all(
+        want in (-1, got) for want, got in zip(allowed, shape, strict=True)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """An input or output as a client sees it.
@@ -42,10 +49,7 @@ class TensorSpec:
             )
         shape = tensor.array.shape
         # onnxruntime describes an input of unknown rank as it does a scalar, so [] takes any shape.
-        if self.shape and (
-            len(shape) != len(self.shape)
-            or any(want not in (-1, got) for want, got in zip(self.shape, shape, strict=True))
-        ):
+        if self.shape and not _fits(shape, self.shape):
             raise InvalidArgumentError(
                 f"input '{self.name}': expected shape {list(self.shape)}, got {list(shape)}"
             )
@@ -169,9 +173,6 @@ def _resolve_tensor(
     if BY_CONFIG_NAME.get(stated_type) is not datatype:
         raise ModelLoadError(f"config.pbtxt: {what} is {stated_type}, the graph has {datatype.config}")
     stated = (-1, *config.dims) if batched else tuple(config.dims)
-    if shape and (
-        len(stated) != len(shape)
-        or any(want not in (-1, got) for want, got in zip(shape, stated, strict=True))
-    ):
+    if shape and not _fits(stated, shape):
         raise ModelLoadError(f"config.pbtxt: {what} has shape {list(stated)}, the graph has {list(shape)}")
     return TensorSpec(tensor.name, datatype, stated, labels)

@@ -102,11 +102,6 @@ class Repository:
         number = _parse_version(version)
         return [found for found in self if name in ("", found.name) and number in (None, found.version)]
 
-    def versions(self, name: str) -> list[int]:
-        """The ready versions of a model, ascending; none for an unknown one."""
-        model = self._models.get(name)
-        return sorted(model.versions) if model else []
-
     def is_ready(self, name: str, version: str = "") -> bool:
         """Whether a version answers requests.
 

@@ -70,7 +70,7 @@ def _model_metadata(core: InferenceCore, request: pb.ModelMetadataRequest) -> pb
     version = core.repository.get(request.name, request.version)
     return pb.ModelMetadataResponse(
         name=version.name,
-        versions=[str(number) for number in core.repository.versions(version.name)],
+        versions=[str(found.version) for found in core.repository.find(version.name)],
         platform=PLATFORM,
         inputs=_tensor_metadata(version.config.inputs.values()),
         outputs=_tensor_metadata(version.config.outputs.values()),

@@ -96,6 +96,7 @@ class Session:
             raise ModelLoadError(_first_line(error).replace(str(path), path.name)) from error
         self.inputs = tuple(_graph_tensor(node) for node in self._session.get_inputs())
         self.outputs = tuple(_graph_tensor(node) for node in self._session.get_outputs())
+        self._bfloat16_inputs = {t.name for t in self.inputs if t.onnx_type == _BFLOAT16}
         self._has_bfloat16 = any(t.onnx_type == _BFLOAT16 for t in (*self.inputs, *self.outputs))
 
     @property
@@ -133,10 +134,9 @@ class Session:
         self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], run_options: Any
     ) -> list[np.ndarray]:
         """As `run`, for graphs with BF16 tensors, which numpy has no type for: their bits go in as uint16."""
-        types = {tensor.name: tensor.onnx_type for tensor in self.inputs}
         values = {
             name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array), _ONNX_BFLOAT16)
-            if types[name] == _BFLOAT16
+            if name in self._bfloat16_inputs
             else ort.OrtValue.ortvalue_from_numpy(array)
             for name, array in inputs.items()
         }

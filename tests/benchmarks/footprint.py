@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
-import numpy as np
 
-from serve.pb import grpc_service_pb2 as pb
-from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from loadtest.payload import INFER_PATH, fetch_metadata, request_bytes
+from tests.conftest import start_server
 from tests.graphs import scaled, write_model
 
 ROUNDS = 5
@@ -28,45 +26,23 @@ def resident_mib(pid: int) -> float:
 
 
 def send(url: str, model: str) -> None:
-    """Some requests with zeros, so that what is allocated on first use is counted."""
+    """Some requests, so that what is allocated on first use is counted."""
     with grpc.insecure_channel(url) as channel:
-        stub = GRPCInferenceServiceStub(channel)
-        metadata = stub.ModelMetadata(pb.ModelMetadataRequest(name=model))
-        request = pb.ModelInferRequest(model_name=model)
-        for spec in metadata.inputs:
-            shape = [max(dim, 1) for dim in spec.shape]
-            request.inputs.add(name=spec.name, datatype=spec.datatype, shape=shape)
-            size = {"UINT8": 1, "FP32": 4}[spec.datatype]
-            request.raw_input_contents.append(bytes(int(np.prod(shape)) * size))
+        request = request_bytes(fetch_metadata(channel, model))
+        call: Any = channel.unary_unary(INFER_PATH)
         for _ in range(REQUESTS):
-            stub.ModelInfer(request)
+            call(request)
 
 
 def measure(root: Path, model: str) -> tuple[float, float, float]:
     """Seconds until the server serves; MiB resident then and after requests."""
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "serve",
-            "serve",
-            "--model-repository",
-            root,
-            "--grpc-port=0",
-            "--metrics-port=0",
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    line = next(line for line in process.stderr if "SERVING: gRPC at " in line)
+    server = start_server("--model-repository", root.resolve())
     ready = time.perf_counter() - started
-    before = resident_mib(process.pid)
-    send(f"127.0.0.1:{line.rsplit(':', 1)[1].strip()}", model)
-    after = resident_mib(process.pid)
-    process.terminate()
-    process.wait()
+    before = resident_mib(server.process.pid)
+    send(server.url, model)
+    after = resident_mib(server.process.pid)
+    server.stop()
     return ready, before, after
 
 

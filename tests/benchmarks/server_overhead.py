@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 
-from loadtest.payload import infer_path
+from loadtest.payload import INFER_PATH
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import (
     GRPCInferenceServiceServicer,
@@ -115,7 +115,7 @@ def main() -> None:
         for index in range(ROUNDS + 1):
             for name, (process, port) in servers.items():
                 with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                    call: Any = channel.unary_unary(infer_path())
+                    call: Any = channel.unary_unary(INFER_PATH)
                     figures = measure(call, request.SerializeToString(), process.pid)
                 if index:  # the first round warms both up
                     results[name].append(figures)
