@@ -1,4 +1,4 @@
-"""Export a checkpoint to a model repository, quantized to int8 and checked against the original.
+"""Export a checkpoint to a model repository, quantized where that pays and checked against the original.
 
 python -m export runs/mobilenet --to models
 """
@@ -29,52 +29,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        result = export_checkpoint(_settings(options), _say)
+        results = export_checkpoint(_settings(options), _say)
     except (ExportError, CheckpointError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(f"\n{summary(result.report)}\n")
-    print(f"{'replaced' if result.replaced else 'wrote'} {result.folder}")
+    for result in results:
+        print(f"\n{summary(result.report)}\n")
+        print(f"{'replaced' if result.replaced else 'wrote'} {result.folder}")
     print(f"next: onnxedge serve --model-repository {options.to}")
     return 0
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """A table of a report's figures, fp32 beside int8."""
+    """A table of a report's figures, fp32 beside what is served where that is int8."""
     metric, sizes, latency = report["metric"], report["bytes"], report["latency_ms"]
-    # Of the rounded figures: a reader subtracts those.
-    points = round(100 * metric["int8"], 2) - round(100 * metric["fp32"], 2)
-    table = [
-        ("", "fp32", "int8", ""),
+    kinds = list(dict.fromkeys(("fp32", report["precision"])))
+    rows = [
+        ("", kinds, ""),
+        (metric["name"], [_figure(metric["name"], metric[kind]) for kind in kinds], _change(metric, kinds)),
         (
-            metric["name"],
-            f"{100 * metric['fp32']:.2f} %",
-            f"{100 * metric['int8']:.2f} %",
-            f"{points:+.2f} points on {metric['rows']} rows",
+            "size",
+            [f"{sizes[kind] / 1e6:.2f} MB" for kind in kinds],
+            f"x {sizes['ratio']:.2f}" if len(kinds) > 1 else "",
         ),
-        ("size", f"{sizes['fp32'] / 1e6:.2f} MB", f"{sizes['int8'] / 1e6:.2f} MB", f"x {sizes['ratio']:.2f}"),
     ]
-    table += [
-        (
-            f"latency, batch {batch}",
-            f"{medians['fp32']:.3f} ms",
-            f"{medians['int8']:.3f} ms",
-            f"{medians['fp32'] / medians['int8']:.2f} times as fast",
-        )
-        for batch, medians in latency["batch"].items()
+    for batch, medians in latency["batch"].items():
+        faster = f"{medians['fp32'] / medians[kinds[-1]]:.2f} times as fast" if len(kinds) > 1 else ""
+        rows.append((f"latency, batch {batch}", [f"{medians[kind]:.3f} ms" for kind in kinds], faster))
+    lines = [
+        f"{label:<18}{''.join(f'{cell:>12}' for cell in cells)}   {note}".rstrip()
+        for label, cells, note in rows
     ]
-    lines = [f"{label:<18}{fp32:>12}{int8:>12}   {note}".rstrip() for label, fp32, int8, note in table]
     processor = latency["processor"]
     where = f"{latency['threads']} thread, {processor['model']}, dot products: {processor['dot_products']}"
-    return "\n".join([*lines, f"(int8 for {report['target']}; {where})"])
+    target = f"int8 for {report['target']}; " if len(kinds) > 1 else ""
+    return "\n".join([f"{report['name']}", *lines, f"({target}{where})"])
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4f}"
+
+
+def _change(metric: Mapping[str, Any], kinds: Sequence[str]) -> str:
+    if len(kinds) == 1:
+        return f"on {metric['rows']} rows"
+    if metric["name"] != "accuracy":
+        return f"{metric['int8'] - metric['fp32']:+.4f} on {metric['rows']} rows"
+    # Of the rounded figures: a reader subtracts those.
+    points = round(100 * metric["int8"], 2) - round(100 * metric["fp32"], 2)
+    return f"{points:+.2f} points on {metric['rows']} rows"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m export", description="Export a checkpoint to a model repository, quantized to int8."
+        prog="python -m export",
+        description="Export a checkpoint to a model repository, quantized to int8 where that pays.",
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder, as python -m train wrote it")
     parser.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from export.errors import ExportError
 from export.graph import check_graph, serialize
@@ -20,35 +20,54 @@ if TYPE_CHECKING:
     from export.passes import Pass
 
 
+Precision = Literal["fp32", "int8"]
+
+PRECISIONS: Mapping[str, Precision] = {
+    "mobilenet": "int8",
+    "resnet": "int8",
+    "simplecnn": "int8",
+    # An LSTM has no static integer kernel, and a graph with dynamic ranges mixes the rows of a batch.
+    "lstm": "fp32",
+    "gpt": "fp32",
+    "bert": "int8",
+}
+"""Family to what is served of it."""
+
+
 @dataclass(frozen=True)
 class Graphs:
     """What the passes made.
 
     Attributes:
-        int8: the quantized graph.
-        content: "fp32" and "int8" to the content of an `.onnx` file.
+        served: the graph of the precision that was asked for.
+        content: "fp32", and "int8" where that was asked for, to the content of an `.onnx` file.
         passes: name of each pass to what it changed, or why it was not applied; JSON values.
     """
 
-    int8: ir.Model
+    served: ir.Model
     content: Mapping[str, bytes]
     passes: Mapping[str, Any]
 
 
-def quantize(graph: ir.Model, calibration: Mapping[str, np.ndarray], target: Target) -> Graphs:
+def quantize(
+    graph: ir.Model, calibration: Mapping[str, np.ndarray], target: Target, precision: Precision
+) -> Graphs:
     """Run the passes: first the rewrites that serve both precisions, then the quantization.
 
     Args:
         graph: as exported; changed in place.
         calibration: input name to rows [n, ...] as a client sends them.
-        target: processor that the int8 graph is for.
+        target: processor that an int8 graph is for.
+        precision: "fp32" leaves the quantization out.
 
     Raises:
         ExportError: the graph can't be quantized.
     """
     changes: dict[str, Any] = {}
     fp32 = _apply((FlattenNormalization(),), graph, changes)
-    content = {"fp32": serialize(fp32)}
+    content: dict[str, bytes] = {"fp32": serialize(fp32)}
+    if precision == "fp32":
+        return Graphs(fp32, content, changes)
     quantization = StaticInt8(calibration, target)
     if reason := quantization.check(fp32):
         raise ExportError(f"{quantization.name} can't be applied: {reason}")

@@ -37,15 +37,16 @@ def make_report(
         name: the entry's name.
         settings: what was asked for.
         info: the checkpoint's.
-        graphs: both graphs.
+        graphs: all precisions.
         verification: what the gates measured.
-        latencies: batch size to "fp32" and "int8" to milliseconds.
+        latencies: batch size to precision to milliseconds.
     """
-    sizes = {precision: len(content) for precision, content in graphs.content.items()}
+    sizes = {kind: len(content) for kind, content in graphs.content.items()}
+    precision = list(sizes)[-1]
     return {
         "name": name,
         "version": settings.version,
-        "precision": "int8",
+        "precision": precision,
         "target": settings.target,
         "checkpoint": asdict(info),
         "versions": {
@@ -56,16 +57,16 @@ def make_report(
         },
         "passes": graphs.passes,
         "metric": {
-            "name": verification.metric,
+            "name": verification.metric.name,
             "rows": verification.rows,
             **verification.scores,
             "tolerance": verification.tolerance,
         },
         "differences": {
-            precision: {output: asdict(found) for output, found in outputs.items()}
-            for precision, outputs in verification.differences.items()
+            kind: {output: asdict(found) for output, found in outputs.items()}
+            for kind, outputs in verification.differences.items()
         },
-        "bytes": sizes | {"ratio": sizes["int8"] / sizes["fp32"]},
+        "bytes": sizes | {"ratio": sizes[precision] / sizes["fp32"]},
         "latency_ms": {
             "processor": processor(),
             "threads": INTRA_OP_THREADS,

@@ -1,4 +1,4 @@
-"""The gates: does the graph compute what the network computes, and does int8 keep its accuracy."""
+"""The gates: does the graph compute what the network computes, and does int8 keep its metric."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from train.family import Family, ServingData
+    from train.family import Metric, ServingGraph
 
     Arrays = Mapping[str, np.ndarray]
 
@@ -47,15 +47,15 @@ class Verification:
     """What the held-out rows showed; every gate held.
 
     Attributes:
-        metric: name of the family's metric.
+        metric: how the outputs were scored.
         rows: number of held-out rows.
-        scores: the metric of "torch", "fp32" and "int8".
+        scores: the metric of "torch", "fp32" and, where there is one, "int8".
         tolerance: how much of the metric int8 was allowed to lose.
-        differences: "fp32" and "int8" to output name to the difference from torch.
+        differences: precision to output name to the difference from torch.
         original: the torch outputs by name.
     """
 
-    metric: str
+    metric: Metric
     rows: int
     scores: Mapping[str, float]
     tolerance: float
@@ -63,38 +63,30 @@ class Verification:
     original: Mapping[str, np.ndarray]
 
 
-def verify(
-    module: nn.Module,
-    sessions: Mapping[str, Session],
-    data: ServingData,
-    family: Family,
-    *,
-    tolerance: float,
-) -> Verification:
-    """Hold both graphs against the original.
+def verify(graph: ServingGraph, sessions: Mapping[str, Session], *, tolerance: float) -> Verification:
+    """Hold the ONNX graphs against the original.
 
     Args:
-        module: the serving module, in evaluation mode.
-        sessions: the loaded graphs, "fp32" and "int8".
-        data: its held-out rows and targets are used.
-        family: its metric is used.
-        tolerance: int8's metric may be so much lower than torch's.
+        graph: its module, held-out rows, targets and metric are used.
+        sessions: the loaded graphs, "fp32" and, where there is one, "int8".
+        tolerance: int8's metric may be so much worse than torch's.
 
     Raises:
-        ExportError: the fp32 graph's outputs are off by more than 1e-4 of the largest, int8's metric falls
-            too low, or a row's answer depends on its batch.
+        ExportError: the fp32 graph's outputs are off by more than 1e-4 of the largest, int8's metric is too
+            bad, or a row's answer depends on its batch.
     """
+    data, metric = graph.data, graph.metric
     fp32 = sessions["fp32"]
     inputs = {name: data.held_out[name] for name in fp32.inputs}  # in the order of the module's arguments
-    original = run_module(module, inputs, fp32.outputs)
+    original = run_module(graph.module, inputs, fp32.outputs)
     for name, session in sessions.items():
         check_batches(name, session, inputs)
     outputs = {name: session.run_in_batches(inputs) for name, session in sessions.items()}
     result = Verification(
-        metric=family.METRIC,
+        metric=metric,
         rows=rows(inputs),
         scores={
-            name: family.metric(out, data.targets) for name, out in {"torch": original, **outputs}.items()
+            name: metric.score(out, data.targets) for name, out in {"torch": original, **outputs}.items()
         },
         tolerance=tolerance,
         differences={name: _differences(out, original) for name, out in outputs.items()},
@@ -159,16 +151,19 @@ def check_metric(result: Verification) -> None:
     """The int8 gate.
 
     Raises:
-        ExportError: the metric is lower than torch's by more than the tolerance.
+        ExportError: the metric is worse than torch's by more than the tolerance.
     """
+    if "int8" not in result.scores:
+        return
     before, after = result.scores["torch"], result.scores["int8"]
-    if not before - after <= result.tolerance:
+    lost = result.metric.gain(before, over=after)
+    if not lost <= result.tolerance:
         off = ", ".join(
             f"{name!r} cosine {found.cosine:.4f}" for name, found in result.differences["int8"].items()
         )
         raise ExportError(
-            f"int8 {result.metric}: {100 * after:.2f} % against {100 * before:.2f} % before quantization "
-            f"on {result.rows} held-out rows, a loss of {100 * (before - after):.2f} points where "
+            f"int8 {result.metric.name}: {100 * after:.2f} % against {100 * before:.2f} % before "
+            f"quantization on {result.rows} held-out rows, a loss of {100 * lost:.2f} points where "
             f"{100 * result.tolerance:.2f} are allowed ({off}); calibrate with rows that look like those "
             "served, train longer, or allow more with --tolerance"
         )

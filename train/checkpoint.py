@@ -1,8 +1,10 @@
 """The checkpoint folder: what a training run leaves behind and `export` reads.
 
     weights.pt           state dict of the epoch that was best on validation
-    checkpoint.json      `CheckpointInfo`, and the sha256 of the other two files
+    checkpoint.json      `CheckpointInfo`, and the sha256 of the other files
     training_state.pt    the last finished epoch in full (weights, optimizer, schedule, random generators)
+    log.csv              a line per epoch; curves.png, when the run has ended, the same as a picture
+    tokenizer.json       of a language model
 
 Both `.pt` files hold tensors and plain containers only and are read with `weights_only=True`, so that a
 checkpoint from a stranger can't run code.
@@ -11,6 +13,7 @@ checkpoint from a stranger can't run code.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -31,11 +34,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 VERSION_FILE = Path(__file__).parents[1] / "serve" / "__init__.py"
-FORMAT = 1
+FORMAT = 2
 INFO = "checkpoint.json"
 WEIGHTS = "weights.pt"
 TRAINING_STATE = "training_state.pt"
-FILES = (WEIGHTS, TRAINING_STATE, INFO)
+LOG = "log.csv"
+CURVES = "curves.png"
+TOKENIZER = "tokenizer.json"
+FILES = (WEIGHTS, TRAINING_STATE, LOG, CURVES, TOKENIZER, INFO)
 
 
 class CheckpointError(Exception):
@@ -51,8 +57,9 @@ class CheckpointInfo:
         model: arguments of the family's `build_model`, JSON values only.
         recipe: fields of the family's `Recipe`.
         metrics: name to value, "validation_accuracy" for example; of the epoch that `weights.pt` holds.
+        baselines: what needs no such network, name to the metric on the test split: "majority class".
         dataset: name of the data set, with "(sample)" after it where the offline sample was used.
-        dataset_sha256: sha256 of the rows, see `train.data.images.ImageData.sha256`.
+        dataset_sha256: sha256 of the rows.
         seed: the run's seed.
         epoch: finished epochs.
         versions: "torch", "python" and "onnxedge".
@@ -62,11 +69,27 @@ class CheckpointInfo:
     model: Mapping[str, Any]
     recipe: Mapping[str, Any]
     metrics: Mapping[str, float]
+    baselines: Mapping[str, float]
     dataset: str
     dataset_sha256: str
     seed: int
     epoch: int
     versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory.
+
+    Attributes:
+        info: what `checkpoint.json` says.
+        model: the network with its best weights, in evaluation mode, on the CPU.
+        files: name to content of what the family keeps beside them: `TOKENIZER`.
+    """
+
+    info: CheckpointInfo
+    model: nn.Module
+    files: Mapping[str, bytes]
 
 
 def current_versions() -> dict[str, str]:
@@ -81,7 +104,11 @@ def current_versions() -> dict[str, str]:
 
 
 def save_checkpoint(
-    folder: Path, info: CheckpointInfo, model: nn.Module, training_state: Mapping[str, Any]
+    folder: Path,
+    info: CheckpointInfo,
+    model: nn.Module,
+    training_state: Mapping[str, Any],
+    files: Mapping[str, bytes],
 ) -> None:
     """Write a checkpoint so that `folder` is at every moment either the old one or the new one, whole.
 
@@ -93,25 +120,37 @@ def save_checkpoint(
         info: what goes into `checkpoint.json`.
         model: the network whose weights an exporter shall find.
         training_state: what an exact resume needs; tensors, numbers, strings and containers of those.
+        files: name to content of the others in `FILES`.
 
     Raises:
-        CheckpointError: `folder` holds other files.
-        OSError: the disk refused.
+        CheckpointError: `folder` holds other files, or the disk refused.
     """
+    assert set(files) <= set(FILES)
     folder = folder.resolve()
     require_replaceable(folder)
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # of a save that was killed
-    new.mkdir(parents=True)
     try:
-        torch.save(model.state_dict(), new / WEIGHTS)
-        torch.save(dict(training_state), new / TRAINING_STATE)
-        digests = {name: _sha256(new / name) for name in (WEIGHTS, TRAINING_STATE)}
+        new.mkdir(parents=True)
+        contents = {
+            WEIGHTS: _tensor_bytes(model.state_dict()),
+            TRAINING_STATE: _tensor_bytes(dict(training_state)),
+            **files,
+        }
+        for name, content in contents.items():
+            (new / name).write_bytes(content)
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         text = json.dumps({"format": FORMAT, **asdict(info), "sha256": digests}, indent=2, allow_nan=False)
         (new / INFO).write_text(text + "\n", encoding="utf-8")
-        for name in FILES:
-            _sync(new / name)
+        for path in new.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
         _swap(new, folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: the checkpoint can't be written: {error.strerror or error}; what was there before is "
+            "intact; make room, or name another folder with --out"
+        ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -150,28 +189,34 @@ def load_info(folder: Path, family: str | None = None) -> CheckpointInfo:
     return info
 
 
-def load_model(folder: Path) -> tuple[CheckpointInfo, nn.Module]:
-    """Rebuild a checkpoint's network in evaluation mode, on the CPU.
+def load_checkpoint(folder: Path, family: str | None = None) -> Checkpoint:
+    """Read a checkpoint and rebuild its network in evaluation mode, on the CPU.
+
+    Args:
+        folder: the checkpoint folder.
+        family: refuse a checkpoint of any other family; None takes all.
 
     Raises:
         CheckpointError: a file is missing or damaged, the family is unknown here, or the weights don't fit
             the network that the family builds today.
     """
-    info = load_info(folder)
+    info = load_info(folder, family)
     if info.family not in FAMILIES:
         raise CheckpointError(
             f"{folder}: family {info.family!r} is not one of {', '.join(FAMILIES)}; "
             "use the onnxedge version that wrote it, see versions in checkpoint.json"
         )
     model = load_family(info.family).build_model(info.model)
-    weights = _load_tensors(_present(folder), WEIGHTS)
+    present = _present(folder)
+    weights = _load_tensors(present, WEIGHTS)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
             f"{folder / WEIGHTS}: the weights don't fit family {info.family!r}: {error}"
         ) from error
-    return info, model.eval()
+    files = {TOKENIZER: _verified(present, TOKENIZER)} if (present / TOKENIZER).exists() else {}
+    return Checkpoint(info, model.eval(), files)
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
@@ -227,25 +272,28 @@ def _read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _load_tensors(folder: Path, name: str) -> dict[str, Any]:
+def _tensor_bytes(tensors: dict[str, Any]) -> bytes:
+    # Not straight to the file: on a full disk torch's own writer ends in an error without the disk's reason.
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
+def _verified(folder: Path, name: str) -> bytes:
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{folder}: not a whole checkpoint, {name} is missing")
+    content = path.read_bytes()
     # torch.load skips the archive's own CRC-32, so a flipped bit would go unnoticed without this.
     expected = _read_document(folder)["sha256"].get(name)
-    if (found := _sha256(path)) != expected:
+    if (found := hashlib.sha256(content).hexdigest()) != expected:
         raise CheckpointError(f"{path}: damaged, sha256 {found} but {INFO} says {expected}; train again")
+    return content
+
+
+def _load_tensors(folder: Path, name: str) -> dict[str, Any]:
+    content = io.BytesIO(_verified(folder, name))
     try:
-        return cast("dict[str, Any]", torch.load(path, map_location="cpu", weights_only=True))
+        return cast("dict[str, Any]", torch.load(content, map_location="cpu", weights_only=True))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path}: not a file of tensors: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+        raise CheckpointError(f"{folder / name}: not a file of tensors: {error}") from error

@@ -7,18 +7,43 @@ anywhere but in `FAMILIES`, and a family is imported only when it is asked for.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import numpy as np
     import torch
     from torch import nn
 
-FAMILIES = ("mobilenet",)
+    from train.checkpoint import Checkpoint
+
+FAMILIES = ("mobilenet", "resnet", "simplecnn", "lstm", "gpt", "bert")
+
+Scores = Mapping[str, float]
+"""Name of a figure to its value."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The figure that decides which weights are best and whether quantization kept them good.
+
+    Attributes:
+        name: "accuracy", "loss" or "mse"; checkpoints hold it as validation_NAME and test_NAME.
+        higher_is_better: false for losses and errors.
+        score: of a graph's outputs by name, and the targets, both [rows, ...].
+    """
+
+    name: str
+    higher_is_better: bool
+    score: Callable[[Mapping[str, np.ndarray], np.ndarray], float]
+
+    def gain(self, value: float, over: float) -> float:
+        """By how much `value` is better than `over`; below zero where it is worse."""
+        return value - over if self.higher_is_better else over - value
 
 
 @dataclass(frozen=True)
@@ -44,14 +69,49 @@ class ServingData:
     Attributes:
         calibration: input name to array [n, ...], rows of the training split, for quantization ranges.
         held_out: input name to array [m, ...], rows of the test split.
-        targets: array [m, ...], what `metric` compares the outputs with.
+        targets: array [m, ...], what the metric compares the outputs with.
         labels: class names in index order; empty where the family has none.
     """
 
     calibration: Mapping[str, np.ndarray]
     held_out: Mapping[str, np.ndarray]
     targets: np.ndarray
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServingGraph:
+    """One graph of a model as a client sees it.
+
+    Attributes:
+        suffix: what the entry's name has after the model's: "" for the graph that most clients want, "_step"
+            for a model's stateful step.
+        module: in evaluation mode; takes raw inputs (UINT8 pixels, token ids), ends in the network's outputs.
+        example: inputs that trace it.
+        data: rows to calibrate and to judge it with.
+        metric: how to judge it.
+    """
+
+    suffix: str
+    module: nn.Module
+    example: ExampleInputs
+    data: ServingData
+    metric: Metric
+
+
+@dataclass(frozen=True)
+class Trivial:
+    """What needs no network: the figure of the best answer that doesn't look at the input.
+
+    Attributes:
+        name: "majority class", "last value", "unigram".
+        validation: the metric on the validation rows.
+        test: the metric on the test split.
+    """
+
+    name: str
+    validation: float
+    test: float
 
 
 @dataclass(frozen=True)
@@ -66,8 +126,14 @@ class Task:
         steps_per_epoch: number of batches that `batches` yields.
         batches: one epoch of tuples of CPU tensors, shuffled and augmented from the generator alone.
         loss: of the model on one such tuple on the model's device, a scalar tensor.
-        validate: `Family.METRIC` on rows held out of the training split, of the model on its device.
-        test: the same on the test split.
+        first_loss: what `loss` is of a network that knows nothing: log C for C classes.
+        metric: its `name` and direction; `validate` and `test` compute it.
+        validate: the metric on rows held out of the training split, of the model on its device.
+        test: figures on the test split, the metric's under its name.
+        trivial: what to be better than.
+        references: figures of other models, fitted to the same data and tested on the same split, for the
+            record ("dlinear_mse"); computed when the run ends.
+        files: name to content of what the checkpoint needs beside the weights ("tokenizer.json").
     """
 
     model: nn.Module
@@ -77,8 +143,13 @@ class Task:
     steps_per_epoch: int
     batches: Callable[[torch.Generator], Iterator[tuple[torch.Tensor, ...]]]
     loss: Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor]
+    first_loss: float
+    metric: Metric
     validate: Callable[[nn.Module], float]
-    test: Callable[[nn.Module], float]
+    test: Callable[[nn.Module], Scores]
+    trivial: Trivial
+    references: Callable[[], Scores] = dict
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Family(Protocol):
@@ -86,10 +157,8 @@ class Family(Protocol):
 
     Recipe: type[Any]
     RECIPES: Mapping[str, Any]
-    """Named recipes for `--recipe`; every family has "quick", which needs no network and about a minute."""
-
-    METRIC: str
-    """Name of the figure that `metric` returns, "accuracy" for example; higher is better."""
+    """Named recipes for `--recipe`. Every family has "quick" (offline, about a minute on two cores), "cpu"
+    (under half an hour on two cores; the default) and "reference" (a GPU)."""
 
     def build_model(self, arguments: Mapping[str, Any]) -> nn.Module:
         """The untrained network for a checkpoint's model arguments."""
@@ -99,20 +168,8 @@ class Family(Protocol):
         """A training run of this recipe; `data_dir` holds the data set's files, None takes the recipe's."""
         ...
 
-    def serving_module(self, model: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
-        """The module to export: takes raw inputs (UINT8 pixels, token ids), ends in the network's outputs."""
-        ...
-
-    def example_inputs(self, arguments: Mapping[str, Any]) -> ExampleInputs:
-        """Example inputs of the serving module."""
-        ...
-
-    def serving_data(self, recipe: Mapping[str, Any], data_dir: Path | None) -> ServingData:
-        """Calibration and held-out rows of the data set that a checkpoint's recipe names."""
-        ...
-
-    def metric(self, outputs: Mapping[str, np.ndarray], targets: np.ndarray) -> float:
-        """`METRIC` of the serving module's outputs against the targets."""
+    def serving_graphs(self, checkpoint: Checkpoint, data_dir: Path | None) -> tuple[ServingGraph, ...]:
+        """The graphs to export, the main one first, with rows of the data set that the recipe names."""
         ...
 
 

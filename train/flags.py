@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from train.family import Family
     from train.recipe import Recipe
 
 
@@ -50,3 +52,33 @@ def given_fields(parsed: argparse.Namespace, recipe: type[Recipe]) -> dict[str, 
     """The recipe's fields that were given as flags."""
     names = [field.name for field in fields(recipe)]
     return {name: getattr(parsed, name) for name in names if hasattr(parsed, name)}
+
+
+def add_family_flags(parser: argparse.ArgumentParser, family: Family) -> None:
+    """Add what every command about a family takes: `--recipe`, `--data-dir` and the recipe's fields."""
+    parser.add_argument(
+        "--recipe",
+        choices=sorted(family.RECIPES),
+        default="cpu",
+        help="settings to start from: quick is a minute offline, cpu half an hour at most, reference is for "
+        "a GPU (default: cpu)",
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="FOLDER", help="the data set's files, or a folder of them"
+    )
+    add_recipe_flags(parser, family.Recipe)
+
+
+def chosen_recipe(parsed: argparse.Namespace, family: Family) -> Recipe:
+    """The recipe that `--recipe` names, with the fields that were given as flags.
+
+    Raises:
+        ValueError: a field is out of range, or the flags contradict each other.
+    """
+    given = given_fields(parsed, family.Recipe)
+    if parsed.data_dir is not None and "sample" in {field.name for field in fields(family.Recipe)}:
+        if given.get("sample"):
+            raise ValueError("--sample and --data-dir exclude each other; give one of them")
+        given["sample"] = False
+    recipe: Recipe = replace(family.RECIPES[parsed.recipe], **given)
+    return recipe

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,22 +20,30 @@ from torch import nn
 from tqdm import tqdm
 
 from train.checkpoint import (
+    CURVES,
     INFO,
+    LOG,
     CheckpointError,
     CheckpointInfo,
     current_versions,
+    load_checkpoint,
     load_info,
-    load_model,
     load_training_state,
     require_replaceable,
     save_checkpoint,
 )
+from train.device import make_deterministic, mixed_type
+from train.history import Row, curves_png, log_csv
+from train.optimization import learning_rate, make_average, make_optimizer, penalty
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from train.family import Task
     from train.recipe import Recipe
+
+Batch = tuple[torch.Tensor, ...]
 
 
 @dataclass
@@ -45,12 +54,16 @@ class Progress:
         epoch: finished epochs.
         best_epoch: the one with the best validation figure so far.
         metrics: of the best epoch: "train_loss" and "validation_<metric>", and once all epochs are
-            done "test_<metric>".
+            done "test_<figure>" for each.
+        baselines: name to the metric on the test split, then too.
+        history: all finished epochs.
     """
 
-    epoch: int
-    best_epoch: int
-    metrics: dict[str, float]
+    epoch: int = 0
+    best_epoch: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    baselines: dict[str, float] = field(default_factory=dict)
+    history: list[Row] = field(default_factory=list)
 
 
 class Trainer:
@@ -61,11 +74,12 @@ class Trainer:
         recipe: how to optimize.
         out: checkpoint folder.
         family: the family's name, for the checkpoint.
-        metric: the name of what `task.validate` and `task.test` return.
-        device: where the network is trained; mixed precision is used on "cuda" only.
+        device: where the network is trained.
+        observers: called with each finished epoch's figures.
 
     Raises:
         CheckpointError: `out` holds files that are not a checkpoint's.
+        ValueError: an epoch has fewer batches than an update takes.
 
     Attributes:
         progress: where the run stands.
@@ -73,7 +87,14 @@ class Trainer:
     """
 
     def __init__(
-        self, task: Task, recipe: Recipe, out: Path, *, family: str, metric: str, device: torch.device
+        self,
+        task: Task,
+        recipe: Recipe,
+        out: Path,
+        *,
+        family: str,
+        device: torch.device,
+        observers: Sequence[Callable[[Row], None]] = (),
     ) -> None:
         require_replaceable(out)
         make_deterministic(device)
@@ -81,15 +102,27 @@ class Trainer:
         self.recipe = recipe
         self.out = out
         self.family = family
-        self.metric = metric
         self.device = device
-        self.progress = Progress(epoch=0, best_epoch=0, metrics={})
+        self.observers = observers
+        self.updates = task.steps_per_epoch // recipe.accumulate
+        recipe.require("accumulate", self.updates > 0, f"at most an epoch's {task.steps_per_epoch} batches")
+        self.progress = Progress()
         self.saved = False
         self.model = task.model.to(device)
+        self.average = make_average(self.model, recipe.ema_decay)
         self.best = copy.deepcopy(self.model)
+        if recipe.compile and device.type == "cuda":
+            self.model.compile()
         self.optimizer = make_optimizer(self.model, recipe)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+        self.half = mixed_type(device, recipe.precision)
+        # Only float16 has so few exponents that small gradients need it.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.half == torch.float16)
         self.generator = torch.Generator().manual_seed(recipe.seed)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is validated and kept: the running average where the recipe asks for one."""
+        return self.average.module if self.average else self.model
 
     def fit(self) -> dict[str, float]:
         """Train until the recipe's epochs are done or validation stops improving, then test the best weights.
@@ -99,6 +132,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: the loss is not finite.
+            CheckpointError: the checkpoint can't be written; the one of before is intact.
             KeyboardInterrupt: Ctrl-C; the checkpoint is that of the last finished epoch, or the untrained
                 network where none was finished and `out` holds no earlier run's checkpoint.
         """
@@ -111,14 +145,12 @@ class Trainer:
                 self.load_training_state(beginning)
                 self.save()
             raise
-        self.progress.metrics[f"test_{self.metric}"] = self.task.test(self.best)
-        self.save()
+        self.finish()
         return self.progress.metrics
 
     def out_of_patience(self) -> bool:
         """Whether the last `patience` epochs brought nothing better."""
-        waited = self.progress.epoch - self.progress.best_epoch
-        return 0 < self.recipe.patience <= waited
+        return 0 < self.recipe.patience <= self.progress.epoch - self.progress.best_epoch
 
     def run_epoch(self) -> None:
         """Train one epoch, validate, keep the weights if they are the best, write the checkpoint."""
@@ -127,69 +159,99 @@ class Trainer:
         loss = self.train_epoch(epoch)
         if not math.isfinite(loss):
             raise FloatingPointError(f"epoch {epoch}: the loss is {loss}; lower --learning-rate")
-        name = f"validation_{self.metric}"
-        value = self.task.validate(self.model)
-        better = value > self.progress.metrics.get(name, -math.inf)
+        name = f"validation_{self.task.metric.name}"
+        value = self.task.validate(self.judged)
+        best = self.progress.metrics.get(name)
         self.progress.epoch = epoch
-        if better:
+        if best is None or self.task.metric.gain(value, over=best) > 0:
             self.progress.best_epoch = epoch
             self.progress.metrics = {"train_loss": loss, name: value}
-            self.best.load_state_dict(self.model.state_dict())
+            self.best.load_state_dict(self.judged.state_dict())
+        seconds = round(time.perf_counter() - started, 2)
+        rate = self.optimizer.param_groups[0]["lr"]
+        row = {"epoch": epoch, "learning_rate": rate, "train_loss": loss, name: value, "seconds": seconds}
+        self.progress.history.append(row)
         self.save()
-        print(
-            f"epoch {epoch:3}/{self.recipe.epochs}  loss {loss:.4f}  validation {self.metric} {value:.4f}"
-            f"{' (best)' if better else '       '}  {time.perf_counter() - started:.1f} s",
-            flush=True,
-        )
+        for observe in self.observers:
+            observe(row)
 
     def train_epoch(self, epoch: int) -> float:
-        """Take `steps_per_epoch` steps; the mean loss."""
+        """Take an epoch's updates; the mean loss."""
         self.model.train()
-        steps = self.task.steps_per_epoch
         total = torch.zeros((), device=self.device)
-        # disable=None: no bar where the output is not a terminal; the line per epoch is there always.
-        bar = tqdm(
-            self.task.batches(self.generator),
-            total=steps,
+        with tqdm(
             desc=f"epoch {epoch}/{self.recipe.epochs}",
-            unit="batch",
+            total=self.updates,
+            unit="update",
             leave=False,
-            disable=None,
-        )
-        for step, batch in enumerate(bar, start=(epoch - 1) * steps):
-            total += self.train_step(batch, learning_rate(step, steps, self.recipe))
-        return float(total) / steps
+            disable=None,  # no bar where the output is not a terminal
+        ) as bar:
+            for update, batches in enumerate(self.groups(), start=(epoch - 1) * self.updates):
+                rate = learning_rate(update, self.recipe.epochs * self.updates, self.recipe)
+                total += self.train_step(batches, rate)
+                bar.update()
+        return float(total) / self.updates
 
-    def train_step(self, batch: tuple[torch.Tensor, ...], rate: float) -> torch.Tensor:
-        """One update at this learning rate; the loss before it, detached."""
+    def groups(self) -> Iterator[list[Batch]]:
+        """An epoch's batches, as many at a time as an update takes; what is left over is dropped."""
+        batches = self.task.batches(self.generator)
+        for _ in range(self.updates):
+            yield list(islice(batches, self.recipe.accumulate))
+
+    def train_step(self, batches: Sequence[Batch], rate: float) -> torch.Tensor:
+        """One update at this learning rate; the mean loss before it, detached."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.device.type == "cuda"):
-            loss = self.task.loss(self.model, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss = self.loss(batch) / len(batches)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            total += loss.detach()
+        if (extra := penalty(self.model.parameters(), self.recipe)) is not None:
+            self.scaler.scale(extra).backward()  # type: ignore[no-untyped-call]  # as above
         if self.recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.detach()
+        if self.average:
+            self.average.update_parameters(self.model)
+        return total
 
-    def save(self) -> None:
-        """Write the checkpoint folder."""
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The task's loss of one batch of CPU tensors, with 16-bit products where the recipe has them."""
+        batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+        with torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None):
+            return self.task.loss(self.model, batch)
+
+    def finish(self) -> None:
+        """Test the best weights, and write the checkpoint once more with the figures and the curves."""
+        scores = self.task.test(self.best)
+        name, trivial = self.task.metric.name, self.task.trivial
+        self.progress.metrics |= {f"test_{key}": value for key, value in scores.items()}
+        self.progress.baselines = {trivial.name: trivial.test, **self.task.references()}
+        lines = {f"test {name}": scores[name], trivial.name: trivial.test}
+        picture = curves_png(f"{self.family} on {self.task.dataset}", self.progress.history, lines)
+        self.save({CURVES: picture})
+
+    def save(self, files: dict[str, bytes] | None = None) -> None:
+        """Write the checkpoint folder, with these files besides the log and the task's own."""
+        task, progress = self.task, self.progress
         info = CheckpointInfo(
             family=self.family,
-            model=self.task.arguments,
+            model=task.arguments,
             recipe=asdict(self.recipe),
-            metrics=self.progress.metrics,
-            dataset=self.task.dataset,
-            dataset_sha256=self.task.dataset_sha256,
+            metrics=progress.metrics,
+            baselines=progress.baselines,
+            dataset=task.dataset,
+            dataset_sha256=task.dataset_sha256,
             seed=self.recipe.seed,
-            epoch=self.progress.epoch,
+            epoch=progress.epoch,
             versions=current_versions(),
         )
-        save_checkpoint(self.out, info, self.best, self.training_state())
+        files = {LOG: log_csv(progress.history), **task.files, **(files or {})}
+        save_checkpoint(self.out, info, self.best, self.training_state(), files)
         self.saved = True
 
     def resume(self) -> None:
@@ -204,8 +266,8 @@ class Trainer:
                 f"{self.out}: was trained on {info.dataset} ({info.dataset_sha256[:12]}), but this run reads "
                 f"{self.task.dataset} ({self.task.dataset_sha256[:12]}); give the same --data-dir as before"
             )
-        state = load_training_state(self.out)
-        self.best.load_state_dict(load_model(self.out)[1].state_dict())
+        state = load_training_state(self.out)  # before anything is changed: it may be damaged
+        self.best.load_state_dict(load_checkpoint(self.out).model.state_dict())
         self.load_training_state(state)
         self.saved = True
 
@@ -214,6 +276,7 @@ class Trainer:
         return {
             "progress": asdict(self.progress),
             "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average else {},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "generator": self.generator.get_state(),
@@ -225,6 +288,8 @@ class Trainer:
         """Take over what `training_state` returned, on this or another device."""
         self.progress = Progress(**state["progress"])
         self.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -232,32 +297,3 @@ class Trainer:
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer, without weight decay on vectors and scalars: norms and biases."""
-    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
-    others = [weight for weight in model.parameters() if weight.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
-
-
-def learning_rate(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
-    """Linear warm-up to the recipe's rate, then half a cosine that ends at zero after its last step."""
-    steps = recipe.epochs * steps_per_epoch
-    warmup = round(recipe.warmup_fraction * steps)
-    if step < warmup:
-        return recipe.learning_rate * (step + 1) / (warmup + 1)
-    done = (step - warmup) / (steps - warmup)
-    return recipe.learning_rate * (1 + math.cos(math.pi * done)) / 2
-
-
-def make_deterministic(device: torch.device) -> None:
-    """Same seed, same weights on a CPU; on a GPU speed comes first."""
-    torch.use_deterministic_algorithms(device.type == "cpu")
-    torch.backends.cudnn.benchmark = device.type == "cuda"

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Optimizer = Literal["adamw", "sgd"]
+Schedule = Literal["cosine", "linear", "step", "constant"]
+Precision = Literal["mixed", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +21,29 @@ class Recipe:
     """
 
     epochs: Annotated[int, "passes over the training rows"] = 40
-    batch_size: Annotated[int, "rows per step"] = 128
+    batch_size: Annotated[int, "rows per batch"] = 128
+    accumulate: Annotated[int, "batches per update: their gradients are averaged"] = 1
     optimizer: Annotated[Optimizer, "update rule; sgd uses Nesterov momentum 0.9"] = "adamw"
-    learning_rate: Annotated[float, "peak of the schedule: linear warm-up, then cosine to zero"] = 2e-3
-    warmup_fraction: Annotated[float, "part of all steps that warms up"] = 0.05
-    weight_decay: Annotated[float, "not applied to norms and biases"] = 0.05
+    beta2: Annotated[float, "adamw's decay of the squared gradients"] = 0.999
+    learning_rate: Annotated[float, "peak of the schedule"] = 2e-3
+    schedule: Annotated[
+        Schedule, "after a linear warm-up: half a cosine or a line down to the final fraction, steps, or none"
+    ] = "cosine"
+    warmup_fraction: Annotated[float, "part of all updates that warms up"] = 0.05
+    final_fraction: Annotated[float, "of cosine and linear: the last learning rate by the peak"] = 0.0
+    step_fraction: Annotated[float, "of step: part of all updates between two steps"] = 0.34
+    step_factor: Annotated[float, "of step: each multiplies the learning rate by this"] = 0.1
+    weight_decay: Annotated[float, "decoupled with adamw; never on norms and biases"] = 0.05
+    l1: Annotated[float, "penalty: this times the sum of absolute weights; never of norms and biases"] = 0.0
+    l2: Annotated[float, "penalty: half of this times the sum of squares; with l1 an elastic net"] = 0.0
     clip_norm: Annotated[float, "largest gradient norm; 0 turns clipping off"] = 1.0
     label_smoothing: Annotated[float, "probability mass spread over all classes"] = 0.1
+    ema_decay: Annotated[float, "of the running average of weights that is judged and kept; 0 is off"] = 0.0
     patience: Annotated[int, "epochs without a better validation figure before stopping; 0 never stops"] = 0
+    precision: Annotated[
+        Precision, "mixed: 16-bit products, on a GPU and on a CPU with instructions for bfloat16"
+    ] = "mixed"
+    compile: Annotated[bool, "torch.compile, on a GPU"] = False
     seed: Annotated[
         int, "of weights, shuffling and augmentation; the same seed gives the same weights on a CPU"
     ] = 0
@@ -39,13 +56,19 @@ class Recipe:
         """
         self.require("epochs", self.epochs >= 1, "at least 1")
         self.require("batch_size", self.batch_size > 1, "at least 2, which batch norm needs")
-        self.require("optimizer", self.optimizer in get_args(Optimizer), "one of adamw, sgd")
+        self.require("accumulate", self.accumulate >= 1, "at least 1")
         self.require("learning_rate", self.learning_rate > 0, "above 0")
-        self.require("warmup_fraction", 0 <= self.warmup_fraction < 1, "from 0 to below 1")
-        self.require("weight_decay", self.weight_decay >= 0, "at least 0")
-        self.require("clip_norm", self.clip_norm >= 0, "at least 0")
-        self.require("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1")
-        self.require("patience", self.patience >= 0, "at least 0")
+        for name, choices in (("optimizer", Optimizer), ("schedule", Schedule), ("precision", Precision)):
+            self.require(
+                name, getattr(self, name) in get_args(choices), f"one of {', '.join(get_args(choices))}"
+            )
+        for name in ("beta2", "warmup_fraction", "label_smoothing", "ema_decay"):
+            self.require(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
+        for name in ("final_fraction", "step_factor"):
+            self.require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        self.require("step_fraction", 0 < self.step_fraction <= 1, "above 0, at most 1")
+        for name in ("weight_decay", "l1", "l2", "clip_norm", "patience"):
+            self.require(name, getattr(self, name) >= 0, "at least 0")
         self.require("seed", 0 <= self.seed < 2**63, "from 0 to below 2^63")
 
     @classmethod

@@ -14,7 +14,8 @@ from export.latency import BATCHES, measure, processor
 from export.passes.static_int8 import this_target
 from export.quantization import quantize
 from export.session import Session
-from train.family import load_family
+from train import mobilenet
+from train.image_classification import PixelInput, example_inputs
 
 ARGUMENTS = {
     "classes": 1000,
@@ -32,17 +33,16 @@ CALIBRATION_ROWS = 32
 def main() -> None:
     """Export both precisions, measure them side by side, print what came out."""
     torch.manual_seed(0)
-    family = load_family("mobilenet")
-    model = family.build_model(ARGUMENTS).eval()
+    model = mobilenet.build_model(ARGUMENTS).eval()
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.bias)  # else no convolution has a bias, which a trained one always has
-    module = family.serving_module(model, ARGUMENTS)
-    example = family.example_inputs(ARGUMENTS)
+    module = PixelInput(model, ARGUMENTS).eval()
+    example = example_inputs(ARGUMENTS)
     (name, tensor), *_ = example.tensors.items()
     pixels = np.random.default_rng(0).integers(0, 256, (CALIBRATION_ROWS, *tensor.shape[1:]), dtype=np.uint8)
 
-    graphs = quantize(export_graph(module, example), {name: pixels}, this_target())
+    graphs = quantize(export_graph(module, example), {name: pixels}, this_target(), "int8")
     sessions = {precision: Session(content) for precision, content in graphs.content.items()}
     sizes = {precision: len(content) for precision, content in graphs.content.items()}
 

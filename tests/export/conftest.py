@@ -13,14 +13,14 @@ import torch
 
 from export.graph import export_graph
 from train import mobilenet
-from train.checkpoint import load_model
+from train.checkpoint import load_checkpoint
 from train.loop import Trainer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import nn
 
-    from train.family import ServingData
+    from train.family import ServingData, ServingGraph
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,9 +45,16 @@ class Exported:
 class Network:
     """A network, its data, and its graph as translated; passes change graphs in place, so clone it first."""
 
-    module: nn.Module
-    data: ServingData
+    serving: ServingGraph
     graph: ir.Model
+
+    @property
+    def module(self) -> nn.Module:
+        return self.serving.module
+
+    @property
+    def data(self) -> ServingData:
+        return self.serving.data
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +70,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     try:
         task, cpu = mobilenet.task(recipe, None), torch.device("cpu")
-        Trainer(task, recipe, folder, family="mobilenet", metric=mobilenet.METRIC, device=cpu).fit()
+        Trainer(task, recipe, folder, family="mobilenet", device=cpu).fit()
     finally:
         torch.set_num_threads(threads)
     return folder
@@ -84,10 +91,5 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Expo
 
 @pytest.fixture(scope="session")
 def network(checkpoint: Path) -> Network:
-    info, model = load_model(checkpoint)
-    module = mobilenet.serving_module(model, info.model)
-    return Network(
-        module,
-        mobilenet.serving_data(info.recipe, None),
-        export_graph(module, mobilenet.example_inputs(info.model)),
-    )
+    (serving,) = mobilenet.serving_graphs(load_checkpoint(checkpoint), None)
+    return Network(serving, export_graph(serving.module, serving.example))

@@ -18,6 +18,7 @@ from export.passes.static_int8 import StaticInt8, Target
 from export.quantization import Graphs, quantize
 from export.session import Session, take
 from train import mobilenet
+from train.image_classification import PixelInput, example_inputs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +31,7 @@ ACTIVATIONS = {"x86": onnx.TensorProto.UINT8, "arm64": onnx.TensorProto.INT8}
 @pytest.fixture(scope="session")
 def quantized(network: Network) -> dict[Target, Graphs]:
     return {
-        target: quantize(network.graph.clone(), network.data.calibration, target)
+        target: quantize(network.graph.clone(), network.data.calibration, target, "int8")
         for target in get_args(Target)
     }
 
@@ -75,7 +76,8 @@ def test_int8_is_as_accurate(quantized: dict[Target, Graphs], network: Network, 
     sessions = {name: Session(content) for name, content in quantized[target].content.items()}
     held_out, targets = network.data.held_out, network.data.targets
     fp32, int8 = (
-        mobilenet.metric(sessions[name].run_in_batches(held_out), targets) for name in ("fp32", "int8")
+        network.serving.metric.score(sessions[name].run_in_batches(held_out), targets)
+        for name in ("fp32", "int8")
     )
     assert fp32 > 0.5
     assert int8 >= fp32 - 0.015
@@ -96,7 +98,7 @@ def test_a_row_has_the_same_answer_in_any_batch(
 
 
 def test_quantization_is_reproducible(quantized: dict[Target, Graphs], network: Network) -> None:
-    again = quantize(network.graph.clone(), network.data.calibration, "x86")
+    again = quantize(network.graph.clone(), network.data.calibration, "x86", "int8")
     assert again.content == quantized["x86"].content
 
 
@@ -125,16 +127,16 @@ def test_int8_file_is_about_a_third(recipe: mobilenet.Recipe, image: dict[str, i
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.bias)  # else no convolution has a bias, which a trained one always has
-    inputs = mobilenet.example_inputs(arguments)
-    graph = export_graph(mobilenet.serving_module(model, arguments), inputs)
+    inputs = example_inputs(arguments)
+    graph = export_graph(PixelInput(model, arguments).eval(), inputs)
     calibration = {name: tensor.numpy() for name, tensor in inputs.tensors.items()}
-    content = quantize(graph, calibration, "x86").content
+    content = quantize(graph, calibration, "x86", "int8").content
     assert len(content["int8"]) <= 0.35 * len(content["fp32"])
 
 
 def test_passes_say_why_they_do_not_apply(quantized: dict[Target, Graphs], network: Network) -> None:
     calibration = network.data.calibration
-    int8 = quantized["x86"].int8
+    int8 = quantized["x86"].served
     assert "isn't quantized" in str(CleanUp().check(network.graph))
     assert "already" in str(StaticInt8(calibration, "x86").check(int8))
     assert "no calibration rows for input 'image'" in str(StaticInt8({}, "x86").check(network.graph))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -17,14 +17,14 @@ from export.graph import export_graph, serialize
 from export.session import Session
 from export.verify import check_batches, difference, verify
 from train import mobilenet
-from train.family import ExampleInputs, load_family
+from train.family import ExampleInputs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from tests.export.conftest import Exported, Network
-    from train.family import ServingData
+    from train.checkpoint import Checkpoint
+    from train.family import ServingGraph
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -38,13 +38,14 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 def test_refuses_broken_calibration_and_leaves_the_repository_alone(
     checkpoint: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = mobilenet.serving_data
+    original = mobilenet.serving_graphs
 
-    def blind(recipe: Mapping[str, Any], data_dir: Path | None) -> ServingData:
-        data = original(recipe, data_dir)
-        return replace(data, calibration={"image": np.zeros_like(data.calibration["image"])})
+    def blind(checkpoint: Checkpoint, data_dir: Path | None) -> tuple[ServingGraph, ...]:
+        (graph,) = original(checkpoint, data_dir)
+        zeros = {"image": np.zeros_like(graph.data.calibration["image"])}
+        return (replace(graph, data=replace(graph.data, calibration=zeros)),)
 
-    monkeypatch.setattr(mobilenet, "serving_data", blind)
+    monkeypatch.setattr(mobilenet, "serving_graphs", blind)
     before = snapshot(exported.repository)
     status = main([str(checkpoint), "--to", str(exported.repository), "--tolerance", "0"])
     message = capsys.readouterr().err
@@ -62,7 +63,7 @@ def test_refuses_a_graph_that_computes_something_else(network: Network) -> None:
     bias.const_value = ir.tensor(bias.const_value.numpy() + 0.1, name=bias.name)
     sessions = {"fp32": Session(serialize(other)), "int8": Session(serialize(network.graph))}
     with pytest.raises(ExportError, match="fp32 parity: output 'logits' of the graph is off by"):
-        verify(network.module, sessions, network.data, load_family("mobilenet"), tolerance=0.005)
+        verify(network.serving, sessions, tolerance=0.005)
 
 
 class Centered(nn.Module):

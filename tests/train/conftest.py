@@ -42,6 +42,7 @@ def recipe() -> mobilenet.Recipe:
         learning_rate=5e-3,
         width=0.1,
         dropout=0.2,
+        ema_decay=0.5,
         shift=2,
         flip=True,
     )
@@ -57,7 +58,6 @@ def make_trainer(recipe: mobilenet.Recipe, tmp_path: Path) -> MakeTrainer:
             recipe,
             tmp_path / out,
             family="mobilenet",
-            metric=mobilenet.METRIC,
             device=torch.device("cpu"),
         )
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from train.data import fashion_mnist, mnist
+from train import simplecnn
+from train.data import fashion_mnist, image_folder, mnist
 from train.data.cifar10 import TEST_BATCH, TRAIN_BATCHES, BatchUnpickler, read_tarball
 from train.data.download import DataError
 from train.data.idx import read_idx, read_splits
@@ -252,3 +254,153 @@ def test_the_cifar_mosaics_hold_the_original_rows(real_data: Path) -> None:
     assert mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4)
     assert data.labels[data.train_labels[0]] == "frog"  # known of the first two rows
     assert data.labels[data.train_labels[1]] == "truck"
+
+
+# --- a folder of images per class ---
+
+
+def write_image(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (12, 12)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def load_images(folder: Path, size: int = 8) -> ImageData:
+    return load_image_data("folder", data_dir=folder, sample=False, image_size=size)
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_an_image_folder_is_read_by_its_splits(tmp_path: Path, held_out: str) -> None:
+    root = tmp_path / "pets"
+    write_image(root / "train" / "dog" / "1.png", (255, 0, 0))
+    write_image(root / "train" / "cat" / "1.PNG", (0, 255, 0))
+    write_image(root / "train" / "cat" / "2.webp", (0, 250, 0))
+    write_image(root / held_out / "dog" / "1.jpg", (250, 0, 0))
+    write_image(root / held_out / "cat" / "1.png", (0, 200, 0))
+    (root / "train" / "cat" / "notes.txt").write_text("no image")
+    (root / "train" / ".cache").mkdir()
+    data = load_images(root)
+    assert data.name == "folder pets"
+    assert data.labels == ("cat", "dog")
+    assert data.train_images.shape == (3, 8, 8, 3)
+    assert data.train_labels.tolist() == [0, 0, 1]
+    assert data.train_images[0, 4, 4].tolist() == [0, 255, 0]
+    assert data.train_images[2, 4, 4].tolist() == [255, 0, 0]
+    assert data.test_labels.tolist() == [0, 1]
+    assert data.test_images[0, 4, 4].tolist() == [0, 200, 0]
+
+
+def test_the_test_folder_comes_before_val(tmp_path: Path) -> None:
+    for split, red in (("train", 1), ("val", 2), ("test", 3)):
+        for label in ("a", "b"):
+            write_image(tmp_path / split / label / "1.png", (red, 0, 0))
+    assert load_images(tmp_path).test_images[0, 0, 0, 0] == 3
+
+
+@pytest.mark.parametrize("below", [".", "train"])
+def test_without_a_test_folder_a_fixed_fifth_of_each_class_is_one(tmp_path: Path, below: str) -> None:
+    for index, (label, count) in enumerate([("a", 10), ("b", 20), ("c", 2)]):
+        for number in range(count):
+            write_image(tmp_path / below / label / f"{number:02}.png", (index, number, 0))
+    data = load_images(tmp_path)
+    assert np.bincount(data.train_labels).tolist() == [8, 16, 1]
+    assert np.bincount(data.test_labels).tolist() == [2, 4, 1]
+    shown = [tuple(image[0, 0]) for image in (*data.train_images, *data.test_images)]
+    assert len(set(shown)) == 32  # no image is in both, none is lost
+    assert load_images(tmp_path).sha256() == data.sha256()
+
+
+def test_images_are_turned_upright_resized_and_cropped_to_the_centre(tmp_path: Path) -> None:
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 255  # a white square between two black ones
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: shown, the image is 20 wide and 60 high
+    turned = np.zeros((20, 60, 3), np.uint8)
+    turned[:, 20:40] = (np.arange(20) * 12)[:, None, None]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for number in range(2):
+        Image.fromarray(wide).save(tmp_path / "a" / f"{number}.png")
+        Image.fromarray(turned).save(tmp_path / "b" / f"{number}.png", exif=exif)
+    data = load_images(tmp_path, size=10)
+    assert data.train_images[0, 1:-1, 1:-1].min() > 250
+    across = data.train_images[1, 5, :, 0].astype(int)
+    assert (np.diff(across) < 0).all()  # the rows' gradient runs along the columns, from the right
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+    suffix = "jpg" if mode == "CMYK" else "png"
+    for label in ("a", "b"):
+        for number in range(2):
+            (tmp_path / label).mkdir(exist_ok=True)
+            image = Image.new("RGB", (9, 9), (90, 90, 90))
+            # convert("P") would dither with a fixed palette that has no such grey
+            image = image.quantize() if mode == "P" else image.convert(mode)
+            image.save(tmp_path / label / f"{number}.{suffix}")
+    pixels = load_images(tmp_path).train_images
+    assert pixels.shape == (2, 8, 8, 3)
+    assert np.abs(pixels.astype(int) - 90).max() < 8
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        for number in range(2):
+            write_image(tmp_path / label / f"{number}.png", (9, 9, 9), size=(50, 50))
+    (tmp_path / "b" / "1.png").write_bytes((tmp_path / "b" / "0.png").read_bytes()[:60])
+    with pytest.raises(DataError, match=r"b/1\.png: can't be read as an image: .*; repair or remove it"):
+        load_images(tmp_path)
+    (tmp_path / "b" / "1.png").write_text("<html>")
+    with pytest.raises(DataError, match=r"b/1\.png: can't be read as an image"):
+        load_images(tmp_path)
+
+
+def test_folders_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--data folder: name the folder .* --data-dir"):
+        load_image_data("folder", data_dir=None, sample=False)
+    with pytest.raises(DataError, match="absent: no such folder; --data-dir"):
+        load_images(tmp_path / "absent")
+    write_image(tmp_path / "a" / "1.png", (0, 0, 0))
+    with pytest.raises(DataError, match="expected a folder per class, at least 2, found 1"):
+        load_images(tmp_path)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(DataError, match=r"/b: no images; expected files named \*\.png, "):
+        load_images(tmp_path)
+    write_image(tmp_path / "b" / "1.png", (0, 0, 0))
+    with pytest.raises(DataError, match="/a: expected at least 2 images, found 1"):
+        load_images(tmp_path)
+
+
+def test_train_and_test_must_have_the_same_classes(tmp_path: Path) -> None:
+    for path in ("train/a", "train/b", "test/a", "test/c"):
+        write_image(tmp_path / path / "1.png", (0, 0, 0))
+    with pytest.raises(DataError, match=r"test: expected the classes of .*train; not in both: b, c"):
+        load_images(tmp_path)
+
+
+def test_more_images_than_memory_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        for number in range(2):
+            (tmp_path / label).mkdir(exist_ok=True)
+            (tmp_path / label / f"{number}.png").touch()
+    assert image_folder.MAX_BYTES == 4 * 2**30
+    with pytest.raises(DataError, match=r"4 images of 20000 x 20000 need 4\.5 GiB .* lower --image-size"):
+        load_images(tmp_path, size=20_000)
+
+
+def test_an_image_folder_can_be_trained_on(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for label, brightness in (("bright", 200), ("dark", 40)):
+        for number in range(20):
+            shade = int(brightness + generator.integers(-30, 30))
+            write_image(tmp_path / label / f"{number:02}.png", (shade, shade, shade))
+    recipe = simplecnn.Recipe(data="folder", image_size=16, batch_size=8, channels=4, hidden=8, dropout=0.0)
+    task = simplecnn.task(recipe, tmp_path)
+    assert (task.arguments["classes"], task.arguments["channels"], task.arguments["image_size"]) == (2, 3, 16)
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-2)
+    for epoch in range(8):
+        for batch in task.batches(torch.Generator().manual_seed(epoch)):
+            optimizer.zero_grad()
+            task.loss(task.model.train(), batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            optimizer.step()
+    assert task.test(task.model)["accuracy"] == 1.0
+    assert task.trivial.test == 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from train.data.download import DataError
 if TYPE_CHECKING:
     from pathlib import Path
 
-IMAGE_DATA_SETS = ("fashion_mnist", "mnist", "cifar10")
+ImageDataSet = Literal["fashion_mnist", "mnist", "cifar10", "folder"]
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,27 @@ class ImageData:
         return digest.hexdigest()
 
 
-def load_image_data(name: str, *, data_dir: Path | None, sample: bool) -> ImageData:
+def load_image_data(name: str, *, data_dir: Path | None, sample: bool, image_size: int = 224) -> ImageData:
     """Load a data set from the first of three sources that the caller named.
 
     Args:
-        name: one of `IMAGE_DATA_SETS`.
-        data_dir: folder with the canonical files, or with a folder of the data set's name that has them.
+        name: one of `ImageDataSet`.
+        data_dir: folder with the canonical files, or with a folder of the data set's name that has them; of
+            "folder", a folder of images per class, see `train.data.image_folder`.
         sample: use the small offline sample where `data_dir` is None; otherwise download.
+        image_size: of "folder": pixels a side; the others have a size of their own.
 
     Raises:
         ValueError: there is no such data set.
         DataError: it has no offline sample, or a file is missing or damaged, or can't be fetched.
     """
-    if name not in IMAGE_DATA_SETS:
-        raise ValueError(f"data set {name!r} is not one of {', '.join(IMAGE_DATA_SETS)}")
+    if name not in get_args(ImageDataSet):
+        raise ValueError(f"data set {name!r} is not one of {', '.join(get_args(ImageDataSet))}")
+    if name == "folder":
+        if data_dir is None:
+            raise DataError("--data folder: name the folder with a folder of images per class: --data-dir")
+        image_folder = importlib.import_module("train.data.image_folder")
+        return cast("ImageData", image_folder.load_folder(data_dir, image_size))
     module = importlib.import_module(f"train.data.{name}")
     if data_dir is not None:
         folder = data_dir / name if (data_dir / name).is_dir() else data_dir
