@@ -215,7 +215,8 @@ def load_checkpoint(folder: Path, family: str | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{folder / WEIGHTS}: the weights don't fit family {info.family!r}: {error}"
         ) from error
-    files = {TOKENIZER: _verified(present, TOKENIZER)} if (present / TOKENIZER).exists() else {}
+    kept = [TOKENIZER] if TOKENIZER in _read_document(present)["sha256"] else []
+    files = {name: _verified(present, name) for name in kept}
     return Checkpoint(info, model.eval(), files)
 
 

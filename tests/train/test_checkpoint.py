@@ -109,7 +109,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         load_info(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, TRAINING_STATE, INFO])
+@pytest.mark.parametrize("name", [WEIGHTS, TRAINING_STATE, TOKENIZER, INFO])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name} is missing"):
