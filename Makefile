@@ -1,4 +1,4 @@
-# `make serve`: from nothing to an image classifier on :8001. `make test`: everything CI runs.
+# `make serve`: from nothing to five models on :8001. `make test`: everything CI runs.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,12 +14,19 @@ COUNT = awk '/^Collecting/ { printf "\r   package %d", ++n; fflush() } END { pri
 TORCH = torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-CHECKPOINT = runs/mobilenet
-ENTRY = models/mobilenet/1/model.onnx
+MODELS = mobilenet resnet lstm gpt bert
+ENTRIES = $(MODELS:%=models/%/1/model.onnx)
+CPUS = $(shell nproc)
+# So many trainings at once, the CPUs divided among them: one thread each is faster than taking turns with two.
+JOBS ?= 2
+THREADS = $(shell echo $$(( $(CPUS) > $(JOBS) ? $(CPUS) / $(JOBS) : 1 )))
+# Each line says whose it is. Ctrl-C reaches this filter too, which must outlive the last message.
+NAMED = 2>&1 | (trap '' INT; sed -u -e '/^next: /d' -e 's/^/$*: /')
 FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve models test lint bench proto clean
+.PHONY: help serve models entries test lint bench proto clean
+.SECONDARY:
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -41,23 +48,27 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 # The checkpoint is there after every epoch, so only the stamp says that training has ended.
-$(CHECKPOINT).trained: | $(VENV)/installed
-	@if [ -e $(CHECKPOINT)/checkpoint.json ]; then \
-	  echo "== training goes on from $(CHECKPOINT)"; \
-	  $(BIN)/python -m train mobilenet --resume --out $(CHECKPOINT); \
+runs/%.trained: | $(VENV)/installed
+	@if [ -e runs/$*/checkpoint.json ]; then \
+	  echo "== training of $* goes on from runs/$*"; \
+	  OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m train $* --resume --out runs/$* $(NAMED); \
 	else \
-	  echo "== training the quick recipe (Fashion-MNIST sample, about a minute)"; \
-	  $(BIN)/python -m train mobilenet --recipe quick --out $(CHECKPOINT); \
+	  echo "== training $*: the quick recipe, about a minute"; \
+	  OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m train $* --recipe quick --out runs/$* $(NAMED); \
 	fi
 	@touch $@
 
-$(ENTRY): | $(CHECKPOINT).trained
-	@echo "== exporting to int8 ONNX"
-	@$(BIN)/python -m export $(CHECKPOINT) --to models
+models/%/1/model.onnx: | runs/%.trained
+	@echo "== exporting $* to ONNX"
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m export runs/$* --to models $(NAMED)
 
-models: $(ENTRY) ## train and export what `make serve` serves
+entries: $(ENTRIES)
+	@:
 
-serve: $(ENTRY) ## train, export and serve on :8001, metrics on :8002
+models: $(VENV)/installed ## train and export what `make serve` serves
+	@$(MAKE) --no-print-directory --jobs $(JOBS) entries
+
+serve: models ## train, export and serve on :8001, metrics on :8002
 	@echo "== serving; Ctrl-C stops. In another terminal:"
 	@echo "   $(BIN)/onnxedge infer mobilenet --image tests/data/boot.png"
 	@$(BIN)/onnxedge serve --model-repository models $(FLAGS)

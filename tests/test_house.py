@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from train.family import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 STAGES = ("train", "export", "serve", "loadtest")
 # A stage may import these of the others: `serve.pb` is generated from the protocol that they share.
 MAY_IMPORT = {"train": (), "export": ("train", "serve.pb"), "serve": (), "loadtest": ("serve.pb",)}
 LONGEST_FILE = 300
+# Read top to bottom, with nothing hidden elsewhere.
+LONGEST_FAMILY = 350
 LONGEST_FUNCTION = 60
 MEDIAN_FUNCTION = 20
 
@@ -109,7 +113,8 @@ def test_files_and_functions_fit_on_a_screen() -> None:
     long_files = {
         module: lines
         for module, path in modules().items()
-        if (lines := len(path.read_text().splitlines())) > LONGEST_FILE and not module.startswith("train.")
+        if (lines := len(path.read_text().splitlines()))
+        > (LONGEST_FAMILY if module.removeprefix("train.") in FAMILIES else LONGEST_FILE)
     }
     assert long_files == {}
     lengths = {(m, f.name): length(f) for m in modules() for f in functions(m)}
