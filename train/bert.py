@@ -20,12 +20,13 @@ from torch.nn import functional
 from train.bert_classification import ServedClassifier, classification_task
 from train.bert_pretraining import LOSS, ServedWords, pretraining_data, pretraining_task
 from train.checkpoint import TOKENIZER, load_checkpoint
+from train.classification import ACCURACY
 from train.data.download import DataError
 from train.data.sentences import SentenceDataSet, load_sentence_data
 from train.family import ServingGraph
 from train.initialization import xavier_uniform
 from train.recipe import Recipe as BaseRecipe
-from train.sentence_classification import ACCURACY, classification_data, example_inputs, split_data
+from train.sentence_classification import classification_data, example_inputs, split_data
 from train.tokenization import from_json
 from train.wordpiece import encode, train_wordpiece
 

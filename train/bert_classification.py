@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from train.bert_pretraining import IGNORED, word_loss
 from train.checkpoint import TOKENIZER
+from train.classification import ACCURACY, majority_class
 from train.family import Task
-from train.sentence_classification import ACCURACY, accuracy, length_batches, majority_class, pad
+from train.sentence_classification import accuracy, length_batches, pad
 from train.tokenization import to_json
 from train.wordpiece import MASK, SPECIAL_TOKENS, encode
 
@@ -71,7 +72,9 @@ def classification_task(
         metric=ACCURACY,
         validate=lambda model: judge(model, validation, splits.validation),
         test=lambda model: {ACCURACY.name: judge(model, test, splits.test)},
-        trivial=majority_class(splits),
+        trivial=majority_class(
+            splits.fitted.labels, validation=splits.validation.labels, test=splits.test.labels
+        ),
         files={TOKENIZER: to_json(tokenizer)},
     )
 

@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn import functional
 
 from train.checkpoint import TOKENIZER
+from train.classification import OUTPUT
 from train.data.download import DataError
 from train.family import Metric, ServingData, Task, Trivial
 from train.sentence_classification import (
     CALIBRATION_ROWS,
     EVALUATION_BATCH,
     IDS,
-    OUTPUT,
     length_batches,
     pad,
     padded_inputs,

@@ -15,16 +15,15 @@ from torch import nn
 from torch.nn import functional
 
 from train.checkpoint import TOKENIZER
+from train.classification import ACCURACY, majority_class
 from train.data.download import DataError
 from train.data.sentences import load_sentence_data
 from train.family import ServingGraph, Task
 from train.sentence_classification import (
-    ACCURACY,
     accuracy,
     classification_data,
     example_inputs,
     length_batches,
-    majority_class,
     pad,
     split_data,
 )
@@ -121,7 +120,9 @@ def classification_task(
         metric=ACCURACY,
         validate=lambda model: accuracy(model, validation, splits.validation.labels, nn.Module.__call__),
         test=lambda model: {"accuracy": accuracy(model, test, splits.test.labels, nn.Module.__call__)},
-        trivial=majority_class(splits),
+        trivial=majority_class(
+            splits.fitted.labels, validation=splits.validation.labels, test=splits.test.labels
+        ),
         files={TOKENIZER: to_json(tokenizer)},
     )
 

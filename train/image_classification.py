@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from train.augmentation import augmented_batches
+from train.classification import ACCURACY, OUTPUT, majority_class
 from train.data.download import DataError
 from train.data.images import ImageDataSet, load_image_data
-from train.family import ExampleInputs, Metric, ServingData, ServingGraph, Task, Trivial
+from train.family import ExampleInputs, ServingData, ServingGraph, Task
 from train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from train.data.images import ImageData
 
 INPUT = "image"
-OUTPUT = "logits"
 CALIBRATION_ROWS = 512
 STATISTICS_BATCH = 64
 EVALUATION_BATCH = 500
@@ -94,14 +94,6 @@ class PixelInput(nn.Module):
         """UINT8 [batch, height, width, channels] to logits FP32 [batch, classes]."""
         logits: torch.Tensor = self.model(self.normalize(image))
         return logits
-
-
-def share_of_right_classes(outputs: Mapping[str, np.ndarray], targets: np.ndarray) -> float:
-    """Accuracy of logits [n, classes] against class indices [n]."""
-    return float((outputs[OUTPUT].argmax(axis=1) == targets).mean())
-
-
-ACCURACY = Metric("accuracy", higher_is_better=True, score=share_of_right_classes)
 
 
 def serving_graphs(checkpoint: Checkpoint, data_dir: Path | None) -> tuple[ServingGraph, ...]:
@@ -242,17 +234,9 @@ def image_task(
         metric=ACCURACY,
         validate=lambda model: right(model, held_out, "train"),
         test=lambda model: {ACCURACY.name: right(model, slice(None), "test")},
-        trivial=majority_class(data, fitted, held_out),
-    )
-
-
-def majority_class(data: ImageData, fitted: np.ndarray, held_out: np.ndarray) -> Trivial:
-    """Accuracy of always answering the class that is most frequent among the fitted rows."""
-    most = np.bincount(data.train_labels[fitted]).argmax()
-    return Trivial(
-        "majority class",
-        validation=float((data.train_labels[held_out] == most).mean()),
-        test=float((data.test_labels == most).mean()),
+        trivial=majority_class(
+            data.train_labels[fitted], validation=data.train_labels[held_out], test=data.test_labels
+        ),
     )
 
 

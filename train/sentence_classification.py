@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from train.family import ExampleInputs, Metric, ServingData, Trivial
+from train.classification import OUTPUT
+from train.family import ExampleInputs, ServingData
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
 
     from train.data.sentences import SentenceData
 
 IDS, MASK = "input_ids", "attention_mask"
-OUTPUT = "logits"
 CALIBRATION_ROWS = 512
 HELD_OUT_ROWS = 4000
 EVALUATION_BATCH = 250
@@ -127,24 +127,6 @@ def accuracy(
             logits = classify(model, ids.to(device), mask.to(device))
             right += int((logits.argmax(1).cpu() == torch.from_numpy(labels[chosen])).sum())
     return right / len(rows)
-
-
-def majority_class(splits: Splits) -> Trivial:
-    """The accuracy of always answering the class that is the most frequent one among the fitted rows."""
-    answer = np.bincount(splits.fitted.labels).argmax()
-    return Trivial(
-        "majority class",
-        validation=float((splits.validation.labels == answer).mean()),
-        test=float((splits.test.labels == answer).mean()),
-    )
-
-
-def share_of_right_classes(outputs: Mapping[str, np.ndarray], targets: np.ndarray) -> float:
-    """Accuracy of logits [n, classes] against class indices [n]."""
-    return float((outputs[OUTPUT].argmax(axis=1) == targets).mean())
-
-
-ACCURACY = Metric("accuracy", higher_is_better=True, score=share_of_right_classes)
 
 
 def example_inputs(vocabulary: int, context: int) -> ExampleInputs:

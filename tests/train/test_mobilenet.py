@@ -7,10 +7,10 @@ import torch
 from train import mobilenet
 from train.augmentation import augment
 from train.checkpoint import Checkpoint, CheckpointInfo
+from train.classification import ACCURACY
 from train.data import fashion_mnist
 from train.data.download import DataError
 from train.image_classification import (
-    ACCURACY,
     PixelInput,
     accuracy,
     example_inputs,
