@@ -24,7 +24,7 @@ from train.gpt_classification import GPTClassifier, classifier_loss, encode_rows
 from train.sampling import filter_logits, main, sample
 from train.sentence_classification import pad
 from train.tokenization import encode, from_json
-from train.transformer import GPT, Block, CausalSelfAttention, causal_attention, initialize
+from train.transformer import GPT, Block, CausalSelfAttention, ChannelDropout, causal_attention, initialize
 
 TINY = gpt.Recipe(
     layers=2, heads=2, width=32, context=16, batch_size=16, learning_rate=1e-2, steps_per_epoch=150
@@ -58,8 +58,9 @@ def classify() -> Task:
 @pytest.fixture
 def network() -> GPT:
     torch.manual_seed(0)
-    arguments = dict(vocabulary=11, layers=2, heads=2, width=16, context=8, dropout=0.0, bias=True)  # noqa: C408 - as keywords
-    model = GPT(**arguments).eval()  # type: ignore[arg-type]  # numbers and a truth value
+    model = GPT(
+        vocabulary=11, layers=2, heads=2, width=16, context=8, dropout=0.0, channel_dropout=0.0, bias=True
+    ).eval()
     initialize(model, "gpt2")
     return model
 
@@ -127,7 +128,15 @@ def test_embeddings_are_the_output_layer(network: GPT) -> None:
 
 def test_gpt2_scales_what_blocks_add() -> None:
     torch.manual_seed(0)
-    arguments = {"vocabulary": 65, "layers": 8, "heads": 4, "width": 64, "context": 16, "dropout": 0.0}
+    arguments = {
+        "vocabulary": 65,
+        "layers": 8,
+        "heads": 4,
+        "width": 64,
+        "context": 16,
+        "dropout": 0.0,
+        "channel_dropout": 0.0,
+    }
     model = gpt.build_model({**arguments, "bias": True, "initialization": "gpt2"})
     for module in model.modules():
         if isinstance(module, Block | CausalSelfAttention):
@@ -475,3 +484,14 @@ def test_recipes_take_a_step(name: str, play: str) -> None:
     task = gpt.task(recipe, None)
     task.loss(task.model.train(), next(task.batches(torch.Generator()))).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     assert all(weight.grad is not None for weight in task.model.parameters())
+
+
+def test_channel_dropout_drops_the_same_channels_along_a_text() -> None:
+    torch.manual_seed(0)
+    layer = ChannelDropout(0.25)
+    states = torch.ones(64, 7, 32)
+    dropped = layer(states)
+    assert torch.equal(dropped, dropped[:, :1].expand_as(dropped))
+    assert sorted(dropped.unique().tolist()) == [0.0, pytest.approx(4 / 3)]
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(layer.eval()(states), states)
