@@ -19,7 +19,7 @@ STAGES = ("train", "export", "serve", "loadtest")
 MAY_IMPORT = {"train": (), "export": ("train", "serve.pb"), "serve": (), "loadtest": ("serve.pb",)}
 LONGEST_FILE = 300
 # Read top to bottom, with nothing hidden elsewhere.
-LONGEST_FAMILY = 350
+LONGEST_FAMILY = 349
 LONGEST_FUNCTION = 60
 MEDIAN_FUNCTION = 20
 

@@ -7,7 +7,7 @@ Models are Unsupervised Multitask Learners", 2019. The network is in `train.tran
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -95,14 +95,13 @@ class Recipe(BaseRecipe):
         self.require("auxiliary", self.auxiliary >= 0, "at least 0")
 
 
+# Without dropout ten passes over the text are learned by heart: 1.20 in training, 1.57 in validation.
+CPU = Recipe(batch_size=16, learning_rate=2.5e-3, heads=3, width=192, channel_dropout=0.1, weight_decay=0.5)
 RECIPES = {
     # Short windows: half of the tokens per update, twice the updates in a minute.
     "quick": Recipe(epochs=5, steps_per_epoch=180, learning_rate=4e-3, warmup_fraction=0.1, context=64),
-    # Without dropout ten passes over the text are learned by heart: 1.20 in training, 1.57 in validation.
-    "cpu": Recipe(batch_size=16, learning_rate=2.5e-3, heads=3, width=192, channel_dropout=0.1),
-    "bpe": Recipe(
-        epochs=10, batch_size=16, learning_rate=2e-3, tokenizer="bpe", heads=3, width=192, dropout=0.1
-    ),
+    "cpu": CPU,
+    "bpe": replace(CPU, epochs=10, tokenizer="bpe"),
     "classify": Recipe(
         epochs=4,
         learning_rate=2e-3,
