@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Optimizer = Literal["adamw", "sgd"]
+Optimizer = Literal["adamw", "muon", "sgd"]
 Schedule = Literal["cosine", "linear", "step", "constant"]
 Precision = Literal["mixed", "float32"]
 
@@ -23,7 +23,9 @@ class Recipe:
     epochs: Annotated[int, "passes over the training rows"] = 40
     batch_size: Annotated[int, "rows per batch"] = 128
     accumulate: Annotated[int, "batches per update: their gradients are averaged"] = 1
-    optimizer: Annotated[Optimizer, "update rule; sgd uses Nesterov momentum 0.9"] = "adamw"
+    optimizer: Annotated[
+        Optimizer, "update rule; muon: of linear layers, adamw for the rest; sgd: Nesterov 0.9"
+    ] = "adamw"
     beta2: Annotated[float, "adamw's decay of the squared gradients"] = 0.999
     learning_rate: Annotated[float, "peak of the schedule"] = 2e-3
     schedule: Annotated[

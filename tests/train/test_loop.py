@@ -1,3 +1,4 @@
+import copy
 import csv
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from train.device import mixed_type
 from train.family import Metric, Task, Trivial
 from train.history import TensorBoard
 from train.loop import Trainer
-from train.optimization import learning_rate, make_optimizer, penalty
+from train.optimization import MuonAndAdamW, learning_rate, make_optimizer, penalty
 from train.recipe import Optimizer, Schedule
 
 MakeTrainer = Callable[..., Trainer]
@@ -216,6 +217,35 @@ def test_accumulated_batches_are_one_larger_batch(
     two.train_epoch(1)
     for weight, other in zip(one.model.parameters(), two.model.parameters(), strict=True):
         assert torch.allclose(weight, other, atol=1e-6)
+
+
+def test_muon_takes_the_linear_layers_and_leaves_the_rest_to_adamw(recipe: mobilenet.Recipe) -> None:
+    recipe = dataclasses.replace(recipe, optimizer="muon", weight_decay=0.3)
+    embedding, tied = nn.Embedding(5, 4), nn.Linear(4, 5)
+    tied.weight = embedding.weight
+    model = nn.Sequential(embedding, nn.Linear(4, 4), nn.LayerNorm(4), tied)
+    optimizer = make_optimizer(model, recipe)
+    assert isinstance(optimizer, MuonAndAdamW)
+    muon, adamw = ([id(w) for g in part.param_groups for w in g["params"]] for part in optimizer.parts)
+    assert muon == [id(model[1].weight)]
+    assert sorted(muon + adamw) == sorted(id(weight) for weight in model.parameters())
+    decay = {id(w): g["weight_decay"] for g in optimizer.param_groups for w in g["params"]}
+    assert {decay[id(weight)] for weight in model.parameters() if weight.ndim == 1} == {0.0}
+
+
+def test_muon_without_linear_layers_is_refused(recipe: mobilenet.Recipe) -> None:
+    with pytest.raises(ValueError, match="--optimizer: expected adamw or sgd for a network without linear"):
+        make_optimizer(nn.Conv2d(1, 1, 1), dataclasses.replace(recipe, optimizer="muon"))
+
+
+def test_muon_resumes_to_the_same_weights(make_trainer: MakeTrainer, recipe: mobilenet.Recipe) -> None:
+    recipe = dataclasses.replace(recipe, optimizer="muon", precision="float32", ema_decay=0.0)
+    one, two = (make_trainer(linear_task(recipe), recipe, out=name) for name in ("one", "two"))
+    one.train_epoch(1)
+    two.load_training_state(copy.deepcopy(one.training_state()))
+    assert one.train_epoch(2) == two.train_epoch(2)
+    assert identical(one.model.state_dict(), two.model.state_dict())
+    assert {group["lr"] for group in two.optimizer.param_groups} == {one.optimizer.param_groups[0]["lr"]}
 
 
 def test_more_accumulation_than_batches_is_refused(
