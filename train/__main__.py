@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def require_family(words: Sequence[str]) -> None:
     """Exit with the usage unless the first word is a family."""
-    usage = f"{__doc__}\nfamilies: {', '.join(FAMILIES)}"
+    commands = (__doc__ or "").partition("\n\n")[2]
+    usage = f"usage: python -m train FAMILY [flags]\n\n{commands}\nfamilies: {', '.join(FAMILIES)}"
     name = words[0] if words else ""
     if name in FAMILIES:
         return

@@ -38,9 +38,10 @@ def test_writes_an_entry_and_nothing_else(exported: Exported) -> None:
 def test_prints_steps_table_and_next_command_but_no_noise(exported: Exported) -> None:
     lines = exported.printed.splitlines()
     starts = [
-        "rebuild the network", "translate to ONNX", "quantize to int8 for x86",
+        "rebuild the network", "translate mobilenet to ONNX", "quantize to int8 for x86",
         "verify on 3500 held-out rows", "measure latency", "write ",
-        "", " ", "accuracy", "size", "latency, batch 1", "latency, batch 8", "(int8 for x86; 1 thread", "",
+        "", "mobilenet", " ", "accuracy", "size", "latency, batch 1", "latency, batch 8",
+        "(int8 for x86; 1 thread", "",
         "wrote ", f"next: onnxedge serve --model-repository {exported.repository}",
     ]  # fmt: skip
     assert len(lines) == len(starts), exported.printed

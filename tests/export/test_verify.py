@@ -58,7 +58,7 @@ def test_refuses_broken_calibration_and_leaves_the_repository_alone(
 
 def test_refuses_a_graph_that_computes_something_else(network: Network) -> None:
     other = network.graph.clone()
-    bias = other.graph.initializers["model.classifier.1.bias"]
+    (bias,) = (value for value in other.graph.initializers.values() if list(value.shape or ()) == [10])
     assert bias.const_value is not None
     bias.const_value = ir.tensor(bias.const_value.numpy() + 0.1, name=bias.name)
     sessions = {"fp32": Session(serialize(other)), "int8": Session(serialize(network.graph))}
