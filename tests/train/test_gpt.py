@@ -184,8 +184,8 @@ def test_batches_are_windows_of_the_fitted_text(tmp_path: Path) -> None:
     ids = torch.cat(batches)
     assert (ids.dtype, ids.shape) == (torch.int64, (2400, 17))
     assert torch.equal(ids, ids[:, :1] + torch.arange(17))
-    assert 0 <= ids.min() < 20  # 855 characters are fitted
-    assert 835 < ids.max() < 855
+    assert 45 <= ids.min() < 65  # the first 45 of 900 are held out
+    assert 880 < ids.max() < 900
     again = [batch for (batch,) in task.batches(torch.Generator().manual_seed(3))]
     assert all(map(torch.equal, batches, again))
 
@@ -211,7 +211,7 @@ def test_the_unigram_loss_by_hand() -> None:
 
 
 def test_the_trivial_figure_looks_at_its_own_split(tmp_path: Path) -> None:
-    text = "a" * 855 + "ab" * 22 + "b" + "b" * 100
+    text = "ab" * 22 + "b" + "a" * 855 + "b" * 100
     task = gpt.task(text_recipe(tmp_path, text), None)
     assert task.trivial.name == "unigram"
     assert task.trivial.test == pytest.approx(math.log(857))
@@ -227,9 +227,9 @@ def test_a_short_run_beats_the_unigrams(tiny: gpt.Recipe) -> None:
         optimizer.zero_grad()
         task.loss(task.model, batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         optimizer.step()
-    assert task.validate(task.model) < task.trivial.validation - 0.3
+    assert task.validate(task.model) < task.trivial.validation - 0.15
     scores = task.test(task.model)
-    assert scores["loss"] < task.trivial.test - 0.3
+    assert scores["loss"] < task.trivial.test - 0.2
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
     # A byte per character; the first of 4 000 is not predicted.
     assert scores["bits_per_byte"] == pytest.approx(scores["loss"] * 3999 / 4000 / math.log(2))

@@ -60,7 +60,7 @@ def test_the_end_of_the_train_text_is_held_out() -> None:
     data = split_text("alphabet", text)
     fitted, held_out = hold_out(data.train)
     assert (len(fitted), len(held_out), len(data.test)) == (855, 45, 100)
-    assert fitted + held_out + data.test == text
+    assert held_out + fitted + data.test == text
 
 
 def test_the_digest_knows_the_splits_apart() -> None:

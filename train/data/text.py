@@ -22,7 +22,7 @@ class TextData:
 
     Attributes:
         name: the data set's name; "file NAME" for a text file.
-        train: the first part; its end is held out to choose the best epoch, see `hold_out`.
+        train: the first part; its beginning is held out to choose the best epoch, see `hold_out`.
         test: the rest.
     """
 
@@ -89,6 +89,10 @@ def split_text(name: str, text: str) -> TextData:
 
 
 def hold_out(train: str) -> tuple[str, str]:
-    """Split a train text into the part to fit and its last twentieth, to validate on."""
-    end = len(train) - round(VALIDATION_FRACTION * len(train))
-    return train[:end], train[end:]
+    """Split a train text into the part to fit and its first twentieth, to validate on.
+
+    Not its last: the play that the test split begins in the middle of begins there, and whoever is compared
+    with has read it.
+    """
+    start = round(VALIDATION_FRACTION * len(train))
+    return train[start:], train[:start]
