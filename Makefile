@@ -15,13 +15,14 @@ TORCH = torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 MODELS = mobilenet resnet lstm gpt bert
+# Their checkpoints are in runs/quick, so that python -m train finds its own folders free.
 ENTRIES = $(MODELS:%=models/%/1/model.onnx)
 CPUS = $(shell nproc)
 # So many trainings at once, the CPUs divided among them: one thread each is faster than taking turns with two.
 JOBS ?= 2
 THREADS = $(shell echo $$(( $(CPUS) > $(JOBS) ? $(CPUS) / $(JOBS) : 1 )))
 # Each line says whose it is. Ctrl-C reaches this filter too, which must outlive the last message.
-NAMED = 2>&1 | (trap '' INT; sed -u -e '/^next: /d' -e 's/^/$*: /')
+NAMED = 2>&1 | (trap '' INT; sed -u -e '/^next: /d' -e '/^$*: /!s/^/$*: /')
 FLAGS ?=
 
 .DEFAULT_GOAL := help
@@ -48,19 +49,19 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 # The checkpoint is there after every epoch, so only the stamp says that training has ended.
-runs/%.trained: | $(VENV)/installed
-	@if [ -e runs/$*/checkpoint.json ]; then \
-	  echo "== training of $* goes on from runs/$*"; \
-	  OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m train $* --resume --out runs/$* $(NAMED); \
+runs/quick/%.trained: | $(VENV)/installed
+	@if [ -e runs/quick/$*/checkpoint.json ]; then \
+	  echo "== training of $* goes on from runs/quick/$*"; \
+	  OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m train $* --resume --out runs/quick/$* $(NAMED); \
 	else \
 	  echo "== training $*: the quick recipe, about a minute"; \
-	  OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m train $* --recipe quick --out runs/$* $(NAMED); \
+	  OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m train $* --recipe quick --out runs/quick/$* $(NAMED); \
 	fi
 	@touch $@
 
-models/%/1/model.onnx: | runs/%.trained
+models/%/1/model.onnx: | runs/quick/%.trained
 	@echo "== exporting $* to ONNX"
-	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m export runs/$* --to models $(NAMED)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m export runs/quick/$* --to models $(NAMED)
 
 entries: $(ENTRIES)
 	@:

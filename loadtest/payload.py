@@ -20,7 +20,7 @@ _INTEGERS = {
     **{f"INT{bits}": f"<i{bits // 8}" for bits in (8, 16, 32, 64)},
 }
 # Indices into a vocabulary or a set of classes are the usual integers; small ones are legal for most models.
-_INTEGER_END = 100
+_INTEGER_END = 32
 
 
 def fetch_metadata(channel: grpc.Channel, model: str, timeout: float = 10.0) -> pb.ModelMetadataResponse:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from train.recipe import Recipe
 
 
+DEFAULT_RECIPE = "cpu"
+
+
 class FlagParser(argparse.ArgumentParser):
     """A parser that takes no abbreviations and answers an unknown flag with the nearest one it knows."""
 
@@ -59,7 +62,6 @@ def add_family_flags(parser: argparse.ArgumentParser, family: Family) -> None:
     parser.add_argument(
         "--recipe",
         choices=sorted(family.RECIPES),
-        default="cpu",
         help="settings to start from: quick is a minute offline, cpu half an hour at most, reference is for "
         "a GPU (default: cpu)",
     )
@@ -80,5 +82,5 @@ def chosen_recipe(parsed: argparse.Namespace, family: Family) -> Recipe:
         if given.get("sample"):
             raise ValueError("--sample and --data-dir exclude each other; give one of them")
         given["sample"] = False
-    recipe: Recipe = replace(family.RECIPES[parsed.recipe], **given)
+    recipe: Recipe = replace(family.RECIPES[parsed.recipe or DEFAULT_RECIPE], **given)
     return recipe

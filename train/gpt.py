@@ -82,9 +82,8 @@ class Recipe(BaseRecipe):
         for name, literal in choices.items():
             names = get_args(literal)
             self.require(name, getattr(self, name) in names, f"one of {', '.join(names)}")
-        self.require(
-            "text_file", bool(self.text_file) == (self.data == "file"), "a path with --data file only"
-        )
+        named = bool(self.text_file) == (self.data == "file")
+        self.require("text_file", named, "the path of a text with --data file, and only then")
         self.require("vocabulary", self.vocabulary >= 256, "at least 256, one per byte")  # noqa: PLR2004 - a byte's values
         for name in ("layers", "heads", "steps_per_epoch"):
             self.require(name, getattr(self, name) >= 1, "at least 1")

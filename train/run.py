@@ -97,6 +97,8 @@ def resumed_recipe(parsed: argparse.Namespace, family: Family, name: str) -> Rec
         CheckpointError: there is nothing to resume, or it is another family's.
     """
     given = given_fields(parsed, family.Recipe)
+    if parsed.recipe is not None:
+        raise ValueError("--recipe: --resume keeps the checkpoint's recipe; only --epochs may be given")
     if others := sorted(set(given) - {"epochs"}):
         flags = ", ".join("--" + field.replace("_", "-") for field in others)
         raise ValueError(f"{flags}: --resume keeps the checkpoint's recipe; only --epochs may be given")
@@ -119,13 +121,15 @@ def train(trainer: Trainer, parsed: argparse.Namespace) -> int:
         for name, value in metrics.items()
         if name.startswith("test_")
     )
-    beaten = ", ".join(f"{name} {value:.4f}" for name, value in trainer.progress.baselines.items())
+    trivial, *others = trainer.progress.baselines.items()
+    beaten = f"{trainer.task.metric.name} {trivial[1]:.4f} of the {trivial[0]}"
+    beaten += "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in others)
     print(
         f"test {tested} with the weights of epoch {trainer.progress.best_epoch}, "
         f"{time.perf_counter() - started:.0f} s\n"
         f"against {beaten}\n"
         f"checkpoint: {parsed.out}\n"
-        f"next: {_export_command(trainer.family, parsed.out)}"
+        f"next: {_export_command(trainer.family, parsed)}"
     )
     return 0
 
@@ -190,20 +194,23 @@ def _refuse_trained(out: Path) -> None:
         )
 
 
-def _export_command(family: str, out: Path) -> str:
+def _export_command(family: str, parsed: argparse.Namespace) -> str:
     """What to type next; a run in a folder of its own becomes an entry of its own."""
-    words = ["python", "-m", "export", str(out), "--to", "models/"]
-    if out.name != family:
-        words += ["--name", out.name]
-    return shlex.join(words)
+    words = ["python", "-m", "export", str(parsed.out), "--to", "models/"]
+    if parsed.out.name != family:
+        words += ["--name", parsed.out.name]
+    return shlex.join(words + _data_flags(parsed))
+
+
+def _data_flags(parsed: argparse.Namespace) -> list[str]:
+    return ["--data-dir", str(parsed.data_dir)] if parsed.data_dir is not None else []
 
 
 def _interrupt_message(trainer: Trainer, parsed: argparse.Namespace) -> str:
     if not trainer.saved:
         return f"interrupted in the first epoch; {parsed.out} still has an earlier run's checkpoint"
     command = ["python", "-m", "train", trainer.family, "--resume", "--out", str(parsed.out)]
-    if parsed.data_dir is not None:
-        command += ["--data-dir", str(parsed.data_dir)]
+    command += _data_flags(parsed)
     epoch = load_info(parsed.out).epoch
     epochs = "1 finished epoch" if epoch == 1 else f"{epoch} finished epochs"
     return f"interrupted; {parsed.out} has {epochs}; go on with: {shlex.join(command)}"

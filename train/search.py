@@ -23,7 +23,7 @@ from train.checkpoint import INFO, CheckpointError, load_info
 from train.data.download import DataError
 from train.device import choose_device
 from train.family import FAMILIES, load_family
-from train.flags import FlagParser, add_family_flags, chosen_recipe, given_fields
+from train.flags import DEFAULT_RECIPE, FlagParser, add_family_flags, chosen_recipe, given_fields
 from train.loop import Trainer
 from train.search_space import parse_axes, plan_trials
 
@@ -247,7 +247,7 @@ def table(results: Sequence[Result]) -> list[list[str]]:
 
 def training_command(name: str, parsed: argparse.Namespace, values: Mapping[str, Any]) -> str:
     """What trains with these fields, starting from the recipe and the data that were searched with."""
-    words = ["python", "-m", "train", name, "--recipe", parsed.recipe]
+    words = ["python", "-m", "train", name, "--recipe", parsed.recipe or DEFAULT_RECIPE]
     if parsed.data_dir is not None:
         words += ["--data-dir", str(parsed.data_dir)]
     for field, value in values.items():

@@ -89,6 +89,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--data imagenet", "argument --data: invalid choice: 'imagenet'"),
         ("--width -1", "--width: expected above 0, got -1.0"),
         ("--sample --data-dir .", "--sample and --data-dir exclude each other"),
+        ("--resume --recipe quick", "--recipe: --resume keeps the checkpoint's recipe"),
         ("--resume --width 1 --seed 1", "--seed, --width: --resume keeps the checkpoint's recipe"),
     ],
 )

@@ -463,8 +463,8 @@ def test_the_command_refuses_what_makes_no_sense(
     [
         ({"heads": 3}, "--width: expected a multiple of --heads, got 128"),
         ({"context": 1}, "--context: expected at least 2, got 1"),
-        ({"data": "file"}, "--text-file: expected a path with --data file only, got ''"),
-        ({"text_file": "a.txt"}, "--text-file: expected a path with --data file only, got 'a.txt'"),
+        ({"data": "file"}, "--text-file: expected the path of a text with --data file, and"),
+        ({"text_file": "a.txt"}, "--data file, and only then, got 'a.txt'"),
         ({"vocabulary": 100}, "--vocabulary: expected at least 256, one per byte, got 100"),
         ({"task": "translate"}, "--task: expected one of language, classify, got 'translate'"),
         ({"dropout": 1.0}, "--dropout: expected from 0 to below 1, got 1.0"),
