@@ -17,13 +17,13 @@ from train.checkpoint import CheckpointError
 from train.data.download import DataError
 from train.device import leave_one_cpu_free
 from train.family import FAMILIES
+from train.flags import INTERRUPTED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Command to the module with its `main`; any other first word is a family.
 COMMANDS = {"check": "train.check", "search": "train.search", "sample": "train.sampling"}
-INTERRUPTED = 130  # 128 + SIGINT, what a shell expects of a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

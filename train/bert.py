@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -69,9 +69,6 @@ class Recipe(BaseRecipe):
     def __post_init__(self) -> None:
         """Check every field; see `train.recipe.Recipe`."""
         super().__post_init__()
-        choices = (("data", SentenceDataSet), ("task", Purpose), ("norm", Norm), ("pooling", Pooling))
-        for name, kind in choices:
-            self.require(name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}")
         enough = self.train_rows == 0 or self.train_rows >= self.batch_size
         self.require("train_rows", enough, "0 or at least a batch")
         self.require("validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1")

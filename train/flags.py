@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_RECIPE = "cpu"
+INTERRUPTED = 130  # 128 + SIGINT, what a shell expects of a program that Ctrl-C ended
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -55,6 +56,13 @@ def given_fields(parsed: argparse.Namespace, recipe: type[Recipe]) -> dict[str, 
     """The recipe's fields that were given as flags."""
     names = [field.name for field in fields(recipe)]
     return {name: getattr(parsed, name) for name in names if hasattr(parsed, name)}
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, which `train.device.choose_device` reads."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one"
+    )
 
 
 def add_family_flags(parser: argparse.ArgumentParser, family: Family) -> None:

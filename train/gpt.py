@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -77,11 +77,6 @@ class Recipe(BaseRecipe):
     def __post_init__(self) -> None:
         """Check every field; see `train.recipe.Recipe`."""
         super().__post_init__()
-        choices = {"task": Kind, "data": TextSet, "sentences": SentenceSet}
-        choices |= {"tokenizer": TokenizerKind, "initialization": Initialization}
-        for name, literal in choices.items():
-            names = get_args(literal)
-            self.require(name, getattr(self, name) in names, f"one of {', '.join(names)}")
         named = bool(self.text_file) == (self.data == "file")
         self.require("text_file", named, "the path of a text with --data file, and only then")
         self.require("vocabulary", self.vocabulary >= 256, "at least 256, one per byte")  # noqa: PLR2004 - a byte's values
@@ -166,8 +161,8 @@ class Corpus:
     Attributes:
         data: the text itself.
         tokenizer: what made the tokens.
-        fitted: ids INT64 [n] of the train split but its end.
-        held_out: ids INT64 [k] of that end.
+        fitted: ids INT64 [n] of the train split but its beginning.
+        held_out: ids INT64 [k] of that beginning.
         test: ids INT64 [m].
     """
 

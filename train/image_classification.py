@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -52,9 +52,6 @@ class ImageRecipe(Recipe):
     def __post_init__(self) -> None:
         """Check every field; see `train.recipe.Recipe`."""
         super().__post_init__()
-        self.require(
-            "data", self.data in get_args(ImageDataSet), f"one of {', '.join(get_args(ImageDataSet))}"
-        )
         self.require("image_size", self.image_size >= 8, "at least 8")  # noqa: PLR2004 - networks halve thrice
         self.require(
             "train_rows", self.train_rows == 0 or self.train_rows >= self.batch_size, "0 or at least a batch"

@@ -7,7 +7,7 @@ itself with shared weights: Nie et al., "A Time Series is Worth 64 Words", ICLR 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -68,10 +68,6 @@ class Recipe(BaseRecipe):
     def __post_init__(self) -> None:
         """Check every field; see `train.recipe.Recipe`."""
         super().__post_init__()
-        for name, choices in (("data", DataSet), ("cell", Cell), ("loss", Loss)):
-            self.require(
-                name, getattr(self, name) in get_args(choices), f"one of {', '.join(get_args(choices))}"
-            )
         self.require("csv", not self.csv or self.data == "csv", "nothing without --data csv")
         for name in ("hidden", "layers", "horizon"):
             self.require(name, getattr(self, name) >= 1, "at least 1")

@@ -7,7 +7,7 @@ V3: Howard et al., "Searching for MobileNetV3", ICCV 2019, arXiv:1905.02244.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -99,9 +99,7 @@ class Recipe(ImageRecipe):
     def __post_init__(self) -> None:
         """Check every field; see `train.recipe.Recipe`."""
         super().__post_init__()
-        self.require("version", self.version in get_args(Version), f"one of {', '.join(get_args(Version))}")
         self.require("width", self.width > 0, "above 0")
-        self.require("stem", self.stem in get_args(Stem), f"one of {', '.join(get_args(Stem))}")
         self.require("dropout", 0 <= self.dropout < 1, "from 0 to below 1")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,10 +60,10 @@ class Recipe:
         self.require("batch_size", self.batch_size > 1, "at least 2, which batch norm needs")
         self.require("accumulate", self.accumulate >= 1, "at least 1")
         self.require("learning_rate", self.learning_rate > 0, "above 0")
-        for name, choices in (("optimizer", Optimizer), ("schedule", Schedule), ("precision", Precision)):
-            self.require(
-                name, getattr(self, name) in get_args(choices), f"one of {', '.join(get_args(choices))}"
-            )
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            if get_origin(kind := get_args(hint)[0]) is Literal:
+                choices = get_args(kind)
+                self.require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         for name in ("beta2", "warmup_fraction", "label_smoothing", "ema_decay"):
             self.require(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
         for name in ("final_fraction", "step_factor"):

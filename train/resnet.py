@@ -8,7 +8,7 @@ and 50 layers for ImageNet and those of 20 and 56 for CIFAR-10, all with project
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -65,8 +65,6 @@ class Recipe(ImageRecipe):
     def __post_init__(self) -> None:
         """Check every field; see `train.recipe.Recipe`."""
         super().__post_init__()
-        self.require("depth", self.depth in get_args(Depth), f"one of {', '.join(get_args(Depth))}")
-        self.require("stem", self.stem in get_args(Stem), f"one of {', '.join(get_args(Stem))}")
         self.require("width", self.width > 0, "above 0")
 
 

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 from train.checkpoint import INFO, CheckpointError, load_info
 from train.device import choose_device, describe
 from train.family import load_family
-from train.flags import FlagParser, add_family_flags, chosen_recipe, given_fields
+from train.flags import (
+    INTERRUPTED,
+    FlagParser,
+    add_device_flag,
+    add_family_flags,
+    chosen_recipe,
+    given_fields,
+)
 from train.history import TensorBoard
 from train.loop import Trainer
 
@@ -25,7 +32,6 @@ if TYPE_CHECKING:
     from train.history import Row
     from train.recipe import Recipe
 
-INTERRUPTED = 130  # 128 + SIGINT, what a shell expects of a program that Ctrl-C ended
 REHEARSED_UPDATES = 5
 
 
@@ -74,9 +80,7 @@ def make_parser(name: str, family: Family) -> FlagParser:
         "--resume", action="store_true", help="go on from --out, by its recipe; --epochs may differ"
     )
     earlier.add_argument("--overwrite", action="store_true", help="replace the checkpoint that is in --out")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one"
-    )
+    add_device_flag(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -97,9 +101,8 @@ def resumed_recipe(parsed: argparse.Namespace, family: Family, name: str) -> Rec
         CheckpointError: there is nothing to resume, or it is another family's.
     """
     given = given_fields(parsed, family.Recipe)
-    if parsed.recipe is not None:
-        raise ValueError("--recipe: --resume keeps the checkpoint's recipe; only --epochs may be given")
-    if others := sorted(set(given) - {"epochs"}):
+    others = sorted(set(given) - {"epochs"} | ({"recipe"} if parsed.recipe is not None else set()))
+    if others:
         flags = ", ".join("--" + field.replace("_", "-") for field in others)
         raise ValueError(f"{flags}: --resume keeps the checkpoint's recipe; only --epochs may be given")
     info = load_info(parsed.out, family=name)

@@ -23,7 +23,15 @@ from train.checkpoint import INFO, CheckpointError, load_info
 from train.data.download import DataError
 from train.device import choose_device
 from train.family import FAMILIES, load_family
-from train.flags import DEFAULT_RECIPE, FlagParser, add_family_flags, chosen_recipe, given_fields
+from train.flags import (
+    DEFAULT_RECIPE,
+    INTERRUPTED,
+    FlagParser,
+    add_device_flag,
+    add_family_flags,
+    chosen_recipe,
+    given_fields,
+)
 from train.loop import Trainer
 from train.search_space import parse_axes, plan_trials
 
@@ -35,7 +43,6 @@ if TYPE_CHECKING:
     from train.family import Family, Metric
     from train.recipe import Recipe
 
-INTERRUPTED = 130  # 128 + SIGINT, what a shell expects of a program that Ctrl-C ended
 TABLE = "search.csv"
 
 
@@ -163,9 +170,7 @@ def add_search_flags(parser: FlagParser, name: str) -> None:
         help=f"a checkpoint folder for each trial, and {TABLE}; what the same search has left there is not "
         f"trained again (default: {out})",
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one"
-    )
+    add_device_flag(parser)
 
 
 def require_same_search(name: str, trials: Sequence[Trial]) -> None:
