@@ -29,6 +29,8 @@ _SCALINGS: dict[str, tuple[Any, Any]] = {
     ),
 }
 _CHANNELS = {1: "L", 3: "RGB"}
+# Outputs of a model that sorts its classes itself: scores in falling order, and the classes' indices.
+_BEST = ("scores", "classes")
 _IMAGE_RANK = 3
 
 
@@ -59,7 +61,9 @@ def main(arguments: Sequence[str]) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="onnxedge infer", description=__doc__)
     parser.add_argument("model", help="the model's name")
-    parser.add_argument("--image", type=Path, required=True, help="a file that Pillow reads")
+    parser.add_argument(
+        "--image", type=Path, required=True, help="a file that Pillow, or the model itself, reads"
+    )
     parser.add_argument("--url", "-u", default="localhost:8001", help="the server (default: %(default)s)")
     parser.add_argument("--version", "-x", default="", help="model version (default: the latest)")
     parser.add_argument("--top", "-c", type=int, default=5, help="classes to print (default: %(default)s)")
@@ -90,15 +94,43 @@ def classify_image(stub: Any, options: argparse.Namespace) -> list[bytes]:
     if len(metadata.inputs) != 1:
         raise InferError(f"model '{options.model}' has {len(metadata.inputs)} inputs, an image fills one")
     spec = metadata.inputs[0]
-    array = image_array(options.image, spec, options.scaling)
+    read = file_array if spec.datatype == "BYTES" else image_array
+    array = read(options.image, spec, options.scaling)
     request = pb.ModelInferRequest(model_name=options.model, model_version=options.version)
     request.inputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
     request.raw_input_contents.append(bytes(encode_tensor(DATATYPES[spec.datatype], array)))
+    if {*_BEST} <= {tensor.name for tensor in metadata.outputs}:
+        for name in _BEST:
+            request.outputs.add(name=name)
+        scores, classes = _outputs(stub.ModelInfer(request, timeout=options.timeout))
+        best = zip(scores.flat, classes.flat, strict=True)
+        return [f"{score}:{index}".encode() for score, index in best][: options.top]
     output = request.outputs.add(name=metadata.outputs[0].name)
     output.parameters["classification"].int64_param = options.top
-    response = stub.ModelInfer(request, timeout=options.timeout)
-    shape = tuple(response.outputs[0].shape)
-    return list(decode_tensor("", DATATYPES["BYTES"], shape, response.raw_output_contents[0]).flat)
+    (best_texts,) = _outputs(stub.ModelInfer(request, timeout=options.timeout))
+    return list(best_texts.flat)
+
+
+def _outputs(response: Any) -> list[np.ndarray]:
+    raw = zip(response.outputs, response.raw_output_contents, strict=True)
+    return [decode_tensor(o.name, DATATYPES[o.datatype], tuple(o.shape), data) for o, data in raw]
+
+
+def file_array(path: Path, spec: Any, scaling: str | None) -> np.ndarray:
+    """A file's content as the one element of a BYTES input, for a model that decodes images itself.
+
+    Raises:
+        InferError: the input takes more than one element, or a scaling was named.
+        OSError: the file can't be read.
+    """
+    shape = tuple(spec.shape)
+    if any(size not in (-1, 1) for size in shape):
+        raise InferError(f"input '{spec.name}' has shape {list(shape)}, an image file fills one element")
+    if scaling is not None:
+        raise InferError(f"input '{spec.name}' takes the file as it is: leave --scaling out")
+    array = np.empty([1] * len(shape), dtype=object)
+    array[...] = path.read_bytes()
+    return array
 
 
 def image_array(path: Path, spec: Any, scaling: str | None) -> np.ndarray:

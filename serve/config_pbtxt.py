@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf import text_format
 
+from serve.encoded_image import PARAMETER as ENCODED_IMAGE
 from serve.errors import ModelLoadError
 from serve.pb import model_config_pb2 as pb
 
@@ -23,8 +24,8 @@ DEFAULT_MODEL_FILENAME = "model.onnx"
 PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
 
-# Model parameters of Triton's onnxruntime backend that are honoured here.
-PARAMETERS = ("intra_op_thread_count", "inter_op_thread_count")
+# Model parameters of Triton's onnxruntime backend that are honoured here, and one of our own.
+PARAMETERS = ("intra_op_thread_count", "inter_op_thread_count", ENCODED_IMAGE)
 
 _TENSOR_FIELDS: dict[str, Any] = {"name": {}, "data_type": {}, "dims": {}}
 _SUPPORTED: dict[str, Any] = {

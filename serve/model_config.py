@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from serve.config_pbtxt import BACKEND, DEFAULT_MODEL_FILENAME, PLATFORM
-from serve.datatypes import BY_CONFIG_NAME, BY_ONNX_TYPE, DataType
+from serve.datatypes import BY_CONFIG_NAME, BY_ONNX_TYPE, DATATYPES, DataType
+from serve.encoded_image import DEFAULT_MAX_PIXELS, declared_image
 from serve.errors import InvalidArgumentError, ModelLoadError
 from serve.pb import model_config_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from serve.encoded_image import EncodedImage
     from serve.request import Tensor
     from serve.session import GraphTensor
 
@@ -66,6 +68,7 @@ class ModelConfig:
         inputs: by name, in the config's order.
         outputs: by name, in the config's order.
         message: the same and the rest of config.pbtxt, completed, as the ModelConfig RPC answers it.
+        encoded_image: how to decode the input that takes image files; BYTES to a client, pixels to the graph.
     """
 
     name: str
@@ -73,6 +76,7 @@ class ModelConfig:
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
     message: pb.ModelConfig
+    encoded_image: EncodedImage | None = None
 
     @property
     def request_bytes(self) -> int:
@@ -88,6 +92,8 @@ def resolve(
     inputs: Sequence[GraphTensor],
     outputs: Sequence[GraphTensor],
     labels: Mapping[str, tuple[str, ...]],
+    *,
+    max_image_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> ModelConfig:
     """Complete a config from the loaded graph's tensors and check what it states against them.
 
@@ -97,10 +103,15 @@ def resolve(
         inputs: the graph's.
         outputs: the graph's.
         labels: output name to class names, read from the label files.
+        max_image_pixels: see `serve.encoded_image.EncodedImage`.
 
     Raises:
-        ModelLoadError: the config states another tensor, datatype or shape than the graph has.
+        ModelLoadError: the config states another tensor, datatype or shape than the graph has, or image files
+            can't be decoded for it.
     """
+    encoded = declared_image(message, inputs, max_image_pixels)
+    if encoded is not None:
+        inputs = [_as_files(tensor) if tensor.name == encoded.name else tensor for tensor in inputs]
     batched = message.max_batch_size > 0
     if batched and not inputs:
         raise ModelLoadError("config.pbtxt: max_batch_size is above 0, but the graph has no input to batch")
@@ -110,7 +121,12 @@ def resolve(
     input_specs = _resolve_tensors("input", message.input, inputs, {}, batched=batched)
     output_specs = _resolve_tensors("output", message.output, outputs, labels, batched=batched)
     completed = _complete(message, name, input_specs, output_specs)
-    return ModelConfig(name, message.max_batch_size, input_specs, output_specs, completed)
+    return ModelConfig(name, message.max_batch_size, input_specs, output_specs, completed, encoded)
+
+
+def _as_files(image: GraphTensor) -> GraphTensor:
+    """An input of pixels [batch, height, width, channels] as clients see it: a file for each row."""
+    return replace(image, onnx_type=DATATYPES["BYTES"].onnx, shape=(image.shape[0], 1))
 
 
 def _complete(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from serve.config_pbtxt import DEFAULT_MODEL_FILENAME, instance_settings, read_config, select_versions
+from serve.encoded_image import DEFAULT_MAX_PIXELS
 from serve.errors import InvalidArgumentError, ModelLoadError, NotFoundError, UnavailableError
 from serve.model import ModelVersion
 from serve.model_config import resolve
@@ -46,7 +47,8 @@ class Model:
 class Repository:
     """The models below one or more repository folders."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(self, folders: Sequence[Path], max_image_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+        self._max_image_pixels = max_image_pixels
         self._folders = [folder.resolve() for folder in folders]
         self._models: dict[str, Model] = {}
 
@@ -69,7 +71,7 @@ class Repository:
                     logger.error("failed to load '%s' of %s: %s", folder.name, root, problem)
                     continue
                 self._models[folder.name] = model
-                _load_model(model, folder, root)
+                _load_model(model, folder, root, self._max_image_pixels)
 
     def get(self, name: str, version: str = "") -> ModelVersion:
         """A ready version; "" is the latest.
@@ -155,7 +157,7 @@ def _version_number(folder: Path) -> int | None:
     return int(name) if is_number and folder.is_dir() else None
 
 
-def _load_model(model: Model, folder: Path, root: Path) -> None:
+def _load_model(model: Model, folder: Path, root: Path, max_image_pixels: int) -> None:
     try:
         message = read_config(folder)
         available = [number for child in folder.iterdir() if (number := _version_number(child))]
@@ -166,7 +168,7 @@ def _load_model(model: Model, folder: Path, root: Path) -> None:
         return
     for number in selected:
         try:
-            model.versions[number] = _load_version(folder, number, message, root)
+            model.versions[number] = _load_version(folder, number, message, root, max_image_pixels)
         except (ModelLoadError, OSError) as error:
             model.problems[number] = str(error)
             logger.error("failed to load '%s' version %d: %s", model.name, number, error)  # noqa: TRY400 - the same
@@ -174,7 +176,9 @@ def _load_model(model: Model, folder: Path, root: Path) -> None:
             logger.info("successfully loaded '%s' version %d", model.name, number)
 
 
-def _load_version(folder: Path, number: int, message: pb.ModelConfig, root: Path) -> ModelVersion:
+def _load_version(
+    folder: Path, number: int, message: pb.ModelConfig, root: Path, max_image_pixels: int
+) -> ModelVersion:
     filename = message.default_model_filename or DEFAULT_MODEL_FILENAME
     path = folder / str(number) / filename
     if not path.is_file():
@@ -183,7 +187,9 @@ def _load_version(folder: Path, number: int, message: pb.ModelConfig, root: Path
         raise ModelLoadError(f"{folder.name}/{number}/{filename} leads outside the model repository")
     labels = _read_labels(folder, message, root)
     session, instances = _open_session(path, instance_settings(message))
-    config = resolve(message, folder.name, session.inputs, session.outputs, labels)
+    config = resolve(
+        message, folder.name, session.inputs, session.outputs, labels, max_image_pixels=max_image_pixels
+    )
     if not config.message.instance_group:
         config.message.instance_group.add(name=folder.name, kind="KIND_AUTO")
     config.message.instance_group[0].count = instances

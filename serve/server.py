@@ -48,7 +48,7 @@ class Server:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._repository = Repository(settings.model_repository)
+        self._repository = Repository(settings.model_repository, settings.max_image_pixels)
         self._core = InferenceCore(settings, self._repository)
         self._health = health.HealthServicer()
         self._metrics: ThreadingHTTPServer | None = None

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from serve.encoded_image import DEFAULT_MAX_PIXELS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -59,6 +61,9 @@ class ServerSettings:
     max_request_bytes: int = _setting(
         0, "largest request; 0: the largest batch that a model declares and 1 MiB, 64 MiB at least"
     )
+    max_image_pixels: int = _setting(
+        DEFAULT_MAX_PIXELS, "largest image that is decoded for models that take image files"
+    )
     log_verbose: int = _setting(0, "1 logs every failed request")
 
     def __post_init__(self) -> None:
@@ -66,7 +71,10 @@ class ServerSettings:
         for name in ("grpc_port", "metrics_port"):
             if not 0 <= getattr(self, name) <= _MAX_PORT:
                 raise SettingsError(f"--{_flag(name)} is {getattr(self, name)}, expected 0 to {_MAX_PORT}")
-        for name, least in (("exit_timeout_secs", 0), ("max_inflight_requests", 1), ("max_request_bytes", 0)):
+        least_values = {
+            "exit_timeout_secs": 0, "max_inflight_requests": 1, "max_request_bytes": 0, "max_image_pixels": 1,
+        }  # fmt: skip
+        for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise SettingsError(f"--{_flag(name)} is {getattr(self, name)}, expected {least} or more")
         if not self.model_repository:
