@@ -331,10 +331,10 @@ def serving_graphs(checkpoint: Checkpoint, data_dir: Path | None) -> tuple[Servi
     model = cast("Bert", checkpoint.model)
     if recipe.task == "classify":
         module: nn.Module = ServedClassifier(model)
-        rows, metric = classification_data(splits, data.labels, tokens), ACCURACY
+        rows, metric = classification_data(splits, data.labels, tokens, recipe.context), ACCURACY
     else:
         module = ServedWords(model)
-        rows, metric = pretraining_data(splits, vocabulary, tokens), LOSS
+        rows, metric = pretraining_data(splits, vocabulary, tokens, recipe.context), LOSS
     example = example_inputs(vocabulary, recipe.context)
     return (ServingGraph(suffix="", module=module.eval(), example=example, data=rows, metric=metric),)
 

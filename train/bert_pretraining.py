@@ -25,6 +25,7 @@ from train.sentence_classification import (
     EVALUATION_BATCH,
     IDS,
     length_batches,
+    other_lengths,
     pad,
     padded_inputs,
 )
@@ -273,16 +274,17 @@ def masked_loss(outputs: Mapping[str, np.ndarray], targets: np.ndarray) -> float
     return float(functional.cross_entropy(logits, torch.from_numpy(targets[chosen])))
 
 
-LOSS = Metric("loss", higher_is_better=False, score=masked_loss)
+LOSS = Metric("loss", higher_is_better=False, score=masked_loss, relative=True)
 
 
 def pretraining_data(
-    splits: Splits, vocabulary: int, encode: Callable[[Sequence[str]], list[np.ndarray]]
+    splits: Splits, vocabulary: int, encode: Callable[[Sequence[str]], list[np.ndarray]], context: int
 ) -> ServingData:
     """Up to 512 fitted rows to calibrate and 128 of the test split, single texts with words left out.
 
     Returns:
-        "input_ids" and "attention_mask", INT64 [n, time] and [m, time]; targets INT64 [m, time].
+        "input_ids" and "attention_mask", INT64 [n, time] and [m, time]; targets INT64 [m, time]; other
+        shapes of one, two and `context` tokens.
     """
     calibration = encode(splits.fitted.texts[:CALIBRATION_ROWS])
     held_out = encode(splits.test.texts[:HELD_OUT_ROWS])
@@ -294,4 +296,5 @@ def pretraining_data(
         calibration=padded_inputs(calibration, longest),
         held_out={**inputs, IDS: replaced.numpy()},
         targets=targets.numpy(),
+        other_shapes=other_lengths(held_out, longest, context),
     )

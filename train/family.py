@@ -32,14 +32,17 @@ class Metric:
     """The figure that decides which weights are best and whether quantization kept them good.
 
     Attributes:
-        name: "accuracy", "loss" or "mse"; checkpoints hold it as validation_NAME and test_NAME.
+        name: "accuracy", "loss", "perplexity" or "mse"; checkpoints hold the one that a run was steered by as
+            validation_NAME and test_NAME.
         higher_is_better: false for losses and errors.
         score: of a graph's outputs by name, and the targets, both [rows, ...].
+        relative: whether a change counts as a part of the figure (an mse, a perplexity) or in points of 100.
     """
 
     name: str
     higher_is_better: bool
     score: Callable[[Mapping[str, np.ndarray], np.ndarray], float]
+    relative: bool = False
 
     def gain(self, value: float, over: float) -> float:
         """By how much `value` is better than `over`; below zero where it is worse."""
@@ -71,12 +74,15 @@ class ServingData:
         held_out: input name to array [m, ...], rows of the test split.
         targets: array [m, ...], what the metric compares the outputs with.
         labels: class names in index order; empty where the family has none.
+        other_shapes: some rows each, of other lengths than `held_out` along the dynamic axes (the batch's
+            aside), to prove that they are dynamic.
     """
 
     calibration: Mapping[str, np.ndarray]
     held_out: Mapping[str, np.ndarray]
     targets: np.ndarray
     labels: tuple[str, ...] = ()
+    other_shapes: tuple[Mapping[str, np.ndarray], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class ServingGraph:
         example: inputs that trace it.
         data: rows to calibrate and to judge it with.
         metric: how to judge it.
+        image: name of the input that takes UINT8 pixels [batch, height, width, channels], if one does.
     """
 
     suffix: str
@@ -97,6 +104,7 @@ class ServingGraph:
     example: ExampleInputs
     data: ServingData
     metric: Metric
+    image: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     Forecast = Callable[[torch.Tensor], torch.Tensor]
 
 EVALUATION_BATCH = 256
+OTHER_LENGTHS = (1, 17, 200)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def make_metric(arguments: Mapping[str, Any]) -> Metric:
     def score(outputs: Mapping[str, np.ndarray], targets: np.ndarray) -> float:
         return float(np.square((outputs["forecast"] - targets) / std).mean(dtype=np.float64))
 
-    return Metric("mse", higher_is_better=False, score=score)
+    return Metric("mse", higher_is_better=False, score=score, relative=True)
 
 
 def raw_windows(
@@ -99,3 +100,9 @@ def raw_windows(
     chosen = starts[np.arange(count) * len(starts) // count]
     windows = data.values[chosen[:, None] + np.arange(context + horizon)]
     return windows[:, :context], windows[:, context:]
+
+
+def other_lengths(data: SeriesData, arguments: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
+    """Look-backs of 1, 17 and 200 rows, where the data has as many: FP32 [up to 4, any, columns]."""
+    lengths = [length for length in OTHER_LENGTHS if length <= data.test_start]
+    return tuple(raw_windows(data, "test", {**arguments, "context": length}, 4)[0] for length in lengths)

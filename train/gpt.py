@@ -19,8 +19,9 @@ from torch.nn import functional
 from train.checkpoint import TOKENIZER, CheckpointError, load_checkpoint
 from train.data.download import DataError
 from train.data.text import hold_out, load_text_data
-from train.family import ExampleInputs, Metric, ServingData, ServingGraph, Task, Trivial
+from train.family import Metric, Task, Trivial
 from train.gpt_classification import GPTClassifier, classification_graph, classification_task
+from train.gpt_serving import language_graphs, nats
 from train.recipe import Recipe as BaseRecipe
 from train.tokenization import TokenizerKind, encode, from_json, to_json, train_tokenizer
 from train.transformer import GPT, Initialization, initialize
@@ -32,13 +33,10 @@ if TYPE_CHECKING:
 
     from train.checkpoint import Checkpoint
     from train.data.text import TextData
-    from train.family import Scores
+    from train.family import Scores, ServingGraph
 
 __all__ = ["RECIPES", "Recipe", "build_model", "serving_graphs", "task"]
 
-INPUT = "input_ids"
-OUTPUT = "logits"
-SERVING_ROWS = 64
 EVALUATION_TOKENS = 8192
 
 TextSet = Literal["tinyshakespeare", "file"]
@@ -294,44 +292,18 @@ def unigram_loss(fitted: np.ndarray, ids: np.ndarray, vocabulary: int) -> float:
     return float(-np.log(counts / counts.sum())[ids[1:]].mean())
 
 
-def score(outputs: Mapping[str, np.ndarray], targets: np.ndarray) -> float:
-    """Nats per token of logits FP32 [rows, time, vocabulary] against ids INT64 [rows, time]."""
-    logits = torch.from_numpy(outputs[OUTPUT]).double().flatten(0, 1)
-    return float(functional.cross_entropy(logits, torch.from_numpy(targets).flatten()))
-
-
-METRIC = Metric("loss", higher_is_better=False, score=score)
+METRIC = Metric("loss", higher_is_better=False, score=nats)
 
 
 def serving_graphs(checkpoint: Checkpoint, data_dir: Path | None) -> tuple[ServingGraph, ...]:
-    """One graph: token ids INT64 [batch, time] to logits FP32, of every next token or of the classes.
+    """Of a language model those of `train.gpt_serving.language_graphs`, of a classifier one.
 
     Raises:
         ValueError: a field of the recipe is out of range.
         DataError: the data set can't be read.
     """
     recipe = Recipe.from_mapping(checkpoint.info.recipe)
-    if "classes" in checkpoint.info.model:
+    if not isinstance(checkpoint.model, GPT):
         return (classification_graph(recipe, checkpoint, data_dir),)
-    context = checkpoint.info.model["context"]
-    corpus = load_corpus(recipe, data_dir, checkpoint, context)
-    calibration, _ = serving_windows(corpus.fitted, context)
-    held_out, targets = serving_windows(corpus.test, context)
-    example = torch.from_numpy(calibration[[0, -1]])
-    return (
-        ServingGraph(
-            suffix="",
-            module=checkpoint.model,
-            example=ExampleInputs({INPUT: example}, {INPUT: {0: "batch", 1: "time"}}, (OUTPUT,)),
-            data=ServingData({INPUT: calibration}, {INPUT: held_out}, targets),
-            metric=METRIC,
-        ),
-    )
-
-
-def serving_windows(ids: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most 64 windows INT64 [rows, context], evenly over ids INT64 [n], and the same one token later."""
-    rows = min(SERVING_ROWS, (len(ids) - 1) // context)
-    starts = np.linspace(0, len(ids) - 1 - context, rows).astype(np.int64)
-    windows = ids[starts[:, None] + np.arange(context + 1)]
-    return windows[:, :-1], windows[:, 1:]
+    corpus = load_corpus(recipe, data_dir, checkpoint, checkpoint.info.model["context"])
+    return language_graphs(checkpoint.model, corpus.fitted, corpus.test)

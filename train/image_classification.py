@@ -108,6 +108,7 @@ def serving_graphs(checkpoint: Checkpoint, data_dir: Path | None) -> tuple[Servi
             example=example_inputs(arguments),
             data=serving_data(checkpoint.info.recipe, data_dir),
             metric=ACCURACY,
+            image=INPUT,
         ),
     )
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from train.data.series import SPLITS, load_series_data
 from train.dlinear import fit_dlinear
 from train.family import ExampleInputs, ServingData, ServingGraph, Task, Trivial
-from train.forecasting import make_metric, make_windows, mean_errors, raw_windows, repeat_last
+from train.forecasting import make_metric, make_windows, mean_errors, other_lengths, raw_windows, repeat_last
 from train.recipe import Recipe as BaseRecipe
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Forecaster(nn.Module):
         super().__init__()
         self.columns = columns
         between = dropout if layers > 1 else 0.0
-        self.cell = CELLS[cell](1, hidden, layers, batch_first=True, dropout=between)
+        self.cell = CELLS[cell](1, hidden, layers, dropout=between)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden, horizon)
 
@@ -144,11 +144,12 @@ class Forecaster(nn.Module):
             The forecast from the last row on, FP32 [batch, horizon, columns]; and the state after it, a
             tensor, or of an LSTM two, FP32 [batch, layers, columns, hidden].
         """
-        rows = series.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        rows = series.transpose(0, 1).flatten(1).unsqueeze(2)  # each column a row of the batch
         before = tuple(tensor.transpose(0, 1).flatten(1, 2).contiguous() for tensor in state)
-        outputs, after = self.cell(rows, before if len(before) > 1 else next(iter(before), None))
-        change = self.head(self.dropout(outputs[:, -1])).unflatten(0, (-1, self.columns)).transpose(1, 2)
+        _, after = self.cell(rows, before if len(before) > 1 else next(iter(before), None))
         after = after if isinstance(after, tuple) else (after,)
+        last = self.dropout(after[0][-1])  # the last layer's
+        change = self.head(last).unflatten(0, (-1, self.columns)).transpose(1, 2)
         kept = tuple(tensor.unflatten(1, (-1, self.columns)).transpose(0, 1) for tensor in after)
         return series[:, -1:] + change, kept
 
@@ -289,10 +290,10 @@ def evaluate(model: nn.Module, windows: Windows) -> dict[str, float]:
 def serving_graphs(checkpoint: Checkpoint, data_dir: Path | None) -> tuple[ServingGraph, ...]:
     """The whole look-back at once, and "_step": row after row with the state as input and output.
 
-    The first takes "series" FP32 [batch, context, columns]. The second takes "x" FP32 [batch, columns] and
-    "h", of an LSTM also "c", FP32 [batch, layers, columns, hidden], and answers "h_out" and "c_out" too; it
-    is judged after context - 1 rows from zeros. Both answer "forecast" FP32 [batch, horizon, columns], in
-    the data's own units.
+    The first takes "series" FP32 [batch, time, columns] of any length. The second takes "x" FP32 [batch,
+    columns] and "h", of an LSTM also "c", FP32 [batch, layers, columns, hidden], and answers "h_out" and
+    "c_out" too; it is judged after context - 1 rows from zeros. Both answer "forecast" FP32 [batch, horizon,
+    columns], in the data's own units.
 
     Raises:
         ValueError: the checkpoint's recipe is of another version.
@@ -306,6 +307,7 @@ def serving_graphs(checkpoint: Checkpoint, data_dir: Path | None) -> tuple[Servi
     fitted, _ = raw_windows(data, "train", arguments, CALIBRATION_ROWS)
     whole, targets = raw_windows(data, "test", arguments, HELD_OUT_ROWS)
     some, some_targets = raw_windows(data, "test", arguments, STEP_ROWS)
+    others = tuple({"series": rows} for rows in other_lengths(data, arguments))
     series = SeriesInput(model, arguments).eval()
     step = StepInput(model, arguments).eval()
     calibration = step_inputs(step, fitted)
@@ -316,7 +318,7 @@ def serving_graphs(checkpoint: Checkpoint, data_dir: Path | None) -> tuple[Servi
             suffix="",
             module=series,
             example=example_inputs({"series": fitted}, ("forecast",)),
-            data=ServingData({"series": fitted}, {"series": whole}, targets),
+            data=ServingData({"series": fitted}, {"series": whole}, targets, other_shapes=others),
             metric=metric,
         ),
         ServingGraph(
@@ -340,6 +342,7 @@ def step_inputs(step: StepInput, look_back: np.ndarray) -> dict[str, np.ndarray]
 
 
 def example_inputs(rows: Mapping[str, np.ndarray], outputs: tuple[str, ...]) -> ExampleInputs:
-    """The first two rows, FP32 [2, ...] each."""
+    """The first two rows, FP32 [2, ...] each; of "series" time is dynamic too."""
     tensors = {name: torch.from_numpy(array[:2].copy()) for name, array in rows.items()}
-    return ExampleInputs(tensors, {name: {0: "batch"} for name in tensors}, outputs)
+    axes = {name: {0: "batch", 1: "time"} if name == "series" else {0: "batch"} for name in tensors}
+    return ExampleInputs(tensors, axes, outputs)

@@ -141,7 +141,10 @@ def example_inputs(vocabulary: int, context: int) -> ExampleInputs:
 
 
 def classification_data(
-    splits: Splits, labels: tuple[str, ...], encode: Callable[[Sequence[str]], list[np.ndarray]]
+    splits: Splits,
+    labels: tuple[str, ...],
+    encode: Callable[[Sequence[str]], list[np.ndarray]],
+    context: int | None = None,
 ) -> ServingData:
     """Up to 512 fitted rows to calibrate and 4 000 of the test split, as a client sends them.
 
@@ -149,10 +152,11 @@ def classification_data(
         splits: the rows of the checkpoint's data set.
         labels: class names in index order.
         encode: texts to token ids, INT64 [tokens] each.
+        context: largest number of tokens that the network takes; None is the longest row's.
 
     Returns:
         "input_ids" and "attention_mask", INT64 [n, time] and [m, time]; time is the longest row's of both, so
-        that one batch takes all; targets INT64 [m].
+        that one batch takes all; targets INT64 [m]; `other_lengths` as other shapes.
     """
     calibration = encode(splits.fitted.texts[:CALIBRATION_ROWS])
     held_out = encode(splits.test.texts[:HELD_OUT_ROWS])
@@ -162,6 +166,26 @@ def classification_data(
         held_out=padded_inputs(held_out, longest),
         targets=splits.test.labels[:HELD_OUT_ROWS],
         labels=labels,
+        other_shapes=other_lengths(held_out, longest, context or longest),
+    )
+
+
+def other_lengths(rows: Sequence[np.ndarray], taken: int, context: int) -> tuple[dict[str, np.ndarray], ...]:
+    """Inputs of one, two and as many tokens as the network takes, with and without padding.
+
+    Args:
+        rows: token ids INT64 [tokens] each; joined and cut anew, so that the longest inputs have no padding.
+        taken: the length to leave out.
+        context: the largest.
+
+    Returns:
+        For each length "input_ids" and "attention_mask", INT64 [4, length]; half the rows are padded by half.
+    """
+    tokens = np.concatenate(rows)
+    lengths = [length for length in (1, 2, context) if length not in {taken, 0}]
+    return tuple(
+        padded_inputs([np.resize(np.roll(tokens, -row), part) for row, part in enumerate(parts)], parts[0])
+        for parts in ((length, length, max(1, length // 2), max(1, length // 2)) for length in lengths)
     )
 
 

@@ -72,7 +72,10 @@ class Block(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """FP32 [batch, time, width] to the same."""
-        states = states + self.dropout(self.attention(self.attention_norm(states)))
+        return self.feed_forward(states + self.dropout(self.attention(self.attention_norm(states))))
+
+    def feed_forward(self, states: torch.Tensor) -> torch.Tensor:
+        """The perceptron's half: FP32 [batch, time, width] to the same."""
         expanded = functional.gelu(self.expansion(self.perceptron_norm(states)))
         projected: torch.Tensor = self.dropout(self.projection(expanded))
         return states + projected

@@ -315,6 +315,29 @@ def test_the_serving_graph_of_a_classifier_scores_as_the_run_did(classifier: Pat
     assert score == pytest.approx(expected, abs=0.002)  # another padding rounds otherwise
 
 
+def test_rows_of_other_lengths_are_of_tokens_with_and_without_padding(
+    classifier: Path, pretrained: Path
+) -> None:
+    for graph in (served(classifier), served(pretrained)):
+        lengths = {other["input_ids"].shape[1] for other in graph.data.other_shapes}
+        assert {1, 2} <= lengths
+        assert 24 in {*lengths, graph.data.held_out["input_ids"].shape[1]}
+        for other in graph.data.other_shapes:
+            ids, mask = other["input_ids"], other["attention_mask"]
+            length = ids.shape[1]
+            assert mask.sum(1).tolist() == [length, length, *[max(1, length // 2)] * 2]
+            assert np.array_equal(ids != 0, mask == 1)
+            with torch.no_grad():
+                answers = graph.module(torch.from_numpy(ids), torch.from_numpy(mask))
+                cut = int(mask[3].sum())
+                alone = graph.module(torch.from_numpy(ids[3:, :cut]), torch.from_numpy(mask[3:, :cut]))
+            assert len(answers) == 4
+            padded = answers[3:, :cut] if answers.ndim == 3 else answers[3:]
+            assert torch.allclose(padded, alone, atol=1e-5)
+    assert served(pretrained).metric.relative
+    assert not served(classifier).metric.relative
+
+
 def test_the_serving_graph_of_a_pre_trained_network_guesses_words(pretrained: Path) -> None:
     graph = served(pretrained)
     inputs = [torch.from_numpy(graph.data.held_out[name]) for name in ("input_ids", "attention_mask")]

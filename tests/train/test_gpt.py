@@ -255,7 +255,8 @@ def test_a_text_shorter_than_the_context_is_refused(tmp_path: Path) -> None:
 
 def test_serving_data_is_windows_and_their_next_tokens(language: Task, tiny: gpt.Recipe) -> None:
     checkpoint = Checkpoint(information(language, tiny), language.model.eval(), language.files)
-    (graph,) = gpt.serving_graphs(checkpoint, None)
+    graph, decode = gpt.serving_graphs(checkpoint, None)
+    assert (graph.suffix, decode.suffix) == ("", "_decode")
     held_out = graph.data.held_out["input_ids"]
     assert held_out.dtype == np.int64
     assert held_out.shape == (64, 16)
@@ -272,7 +273,9 @@ def test_serving_data_is_windows_and_their_next_tokens(language: Task, tiny: gpt
         gpt.nats_per_token(graph.module, np.append(row, targets[-1]), 16)
         for row, targets in zip(held_out, graph.data.targets, strict=True)
     ]
-    assert graph.metric.score(outputs, graph.data.targets) == pytest.approx(np.mean(by_rows), rel=1e-5)
+    perplexity = math.exp(np.mean(by_rows))
+    assert graph.metric.score(outputs, graph.data.targets) == pytest.approx(perplexity, rel=1e-5)
+    assert {inputs["input_ids"].shape[1] for inputs in graph.data.other_shapes} == {1, 9}
 
 
 # Going on from a checkpoint

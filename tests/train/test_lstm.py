@@ -70,8 +70,13 @@ def test_the_graphs_have_the_shapes_that_they_promise(cell: Any) -> None:
     assert step.example.outputs == ("forecast", *(f"{name}_out" for name in states))
     assert whole.data.held_out["series"].shape == (14400 - 11520 - 12 + 1, 24, 7)
     assert step.data.held_out["x"].shape == (1000, 7)
+    assert whole.example.dynamic_axes == {"series": {0: "batch", 1: "time"}}
+    assert step.example.dynamic_axes == {name: {0: "batch"} for name in ("x", *states)}
+    others = [rows["series"] for rows in whole.data.other_shapes]
+    assert [series.shape for series in others] == [(4, 1, 7), (4, 17, 7), (4, 200, 7)]
+    assert all(run(whole, {"series": series})["forecast"].shape == (4, 12, 7) for series in others)
+    assert np.array_equal(others[0][0, -1], whole.data.held_out["series"][0, -1])  # the same first forecast
     for graph in (whole, step):
-        assert graph.example.dynamic_axes == {name: {0: "batch"} for name in graph.example.tensors}
         outputs = run(graph, {name: tensor.numpy() for name, tensor in graph.example.tensors.items()})
         assert outputs["forecast"].shape == (2, 12, 7)
         assert all(outputs[f"{name}_out"].shape == (2, 2, 7, 8) for name in states if graph is step)
@@ -87,6 +92,7 @@ def test_the_graphs_have_the_shapes_that_they_promise(cell: Any) -> None:
 def test_the_served_metric_in_raw_units_is_the_test_figure() -> None:
     task, whole, step = serve(SMALL)
     figure = task.test(task.model)["mse"]
+    assert whole.metric.relative
     assert whole.metric.score(run(whole, whole.data.held_out), whole.data.targets) == pytest.approx(
         figure, rel=1e-4
     )
@@ -164,6 +170,7 @@ def test_a_csv_of_ones_own_can_be_forecast(tmp_path: Path) -> None:
     task, whole, step = serve(recipe)
     assert task.dataset == "own"
     assert whole.data.held_out["series"].shape == (80 - 12 + 1, 24, 2)
+    assert [rows["series"].shape[1] for rows in whole.data.other_shapes] == [1, 17, 200]
     assert step.data.held_out["h"].shape == (69, 1, 2, 8)
     with pytest.raises(DataError, match="too short"):
         lstm.task(dataclasses.replace(recipe, horizon=48), None)
