@@ -13,7 +13,10 @@ import torch
 from onnx_ir.passes import common
 from onnxscript import opset20
 
+from export.attention import TRANSLATIONS, axes_by_parameter
 from export.errors import ExportError
+from export.explanation import explain, recorded_guards
+from export.recurrent import RecurrentOperators, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,8 +43,9 @@ def export_graph(module: nn.Module, example: ExampleInputs) -> ir.Model:
     Raises:
         ExportError: the module can't be traced or translated, or an axis that should be dynamic is constant.
     """
+    guards: list[str] = []
     try:
-        with _without_noise():
+        with _without_noise(), recorded_guards() as guards, RecurrentOperators():
             program = torch.onnx.export(
                 module,
                 tuple(example.tensors.values()),
@@ -50,15 +54,19 @@ def export_graph(module: nn.Module, example: ExampleInputs) -> ir.Model:
                 opset_version=OPSET,
                 input_names=list(example.tensors),
                 output_names=list(example.outputs),
-                dynamic_shapes=tuple(dict(axes) for axes in example.dynamic_axes.values()),
-                custom_translation_table={torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d},
+                dynamic_shapes=axes_by_parameter(module, example),
+                custom_translation_table={
+                    torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
+                    **TRANSLATIONS,
+                },
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"torch.onnx.export failed: {_root_cause(error)}") from error
+        raise ExportError(explain(error, guards)) from error
     assert program is not None
     model = program.model
     common.ClearMetadataAndDocStringPass()(model)
+    tidy(model)
     _refuse_constant_axes(model, example)
     check_graph(model)
     return model
@@ -113,13 +121,6 @@ def _without_noise() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _root_cause(error: BaseException) -> str:
-    """The innermost error's class and text: the outer ones only say which exporter step it came through."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
 
 
 def _refuse_constant_axes(model: ir.Model, example: ExampleInputs) -> None:

@@ -5,6 +5,7 @@ Fields as in `proto/model_config.proto`; only those are written that say somethi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -16,35 +17,55 @@ from serve.pb import model_config_pb2
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAX_BATCH_SIZE = 8
 LABELS = "labels.txt"
 
 
-def model_config(name: str, model: ir.Model, labels: Sequence[str]) -> model_config_pb2.ModelConfig:
-    """Describe a graph whose every tensor has the batch on its first axis.
+@dataclass(frozen=True)
+class Served:
+    """What the config says beyond the graph.
 
-    Args:
-        name: the entry's name.
-        model: the graph.
+    Attributes:
+        default: the file's name of the graph to serve.
+        max_batch_size: rows that the server may put into one run; 0 where they would change each other's
+            answers, or the graph's batch has a fixed size.
         labels: class names; the output whose last axis has as many numbers gets the label file.
+        encoded_image: name of the input that takes files of images, which the server decodes.
+    """
+
+    default: str
+    max_batch_size: int
+    labels: Sequence[str] = ()
+    encoded_image: str | None = None
+
+
+def model_config(name: str, model: ir.Model, served: Served) -> model_config_pb2.ModelConfig:
+    """Describe a graph whose every tensor has the batch on its first axis.
 
     Raises:
         ExportError: a tensor's type has no counterpart, or there are labels but no output for them.
     """
-    config = model_config_pb2.ModelConfig(name=name, backend="onnxruntime", max_batch_size=MAX_BATCH_SIZE)
+    config = model_config_pb2.ModelConfig(
+        name=name,
+        backend="onnxruntime",
+        default_model_filename=served.default,
+        max_batch_size=served.max_batch_size,
+    )
+    first = 1 if served.max_batch_size else 0
     for value in model.graph.inputs:
-        config.input.add(name=value.name, data_type=_data_type(value), dims=_dims(value))
+        config.input.add(name=value.name, data_type=_data_type(value), dims=_dims(value)[first:])
     for value in model.graph.outputs:
-        config.output.add(name=value.name, data_type=_data_type(value), dims=_dims(value))
-    if labels:
-        _set_label_file(config, len(labels))
+        config.output.add(name=value.name, data_type=_data_type(value), dims=_dims(value)[first:])
+    if served.labels:
+        _set_label_file(config, len(served.labels))
+    if served.encoded_image:
+        _set_encoded_image(config, served.encoded_image)
     return config
 
 
-def config_file(name: str, model: ir.Model, labels: Sequence[str]) -> bytes:
+def config_file(name: str, model: ir.Model, served: Served) -> bytes:
     """The config as text protobuf, the same bytes for the same graph."""
     return text_format.MessageToString(
-        model_config(name, model, labels), use_short_repeated_primitives=True
+        model_config(name, model, served), use_short_repeated_primitives=True
     ).encode()
 
 
@@ -63,9 +84,9 @@ def _data_type(value: ir.Value) -> str:
 
 
 def _dims(value: ir.Value) -> list[int]:
-    """Axes after the batch axis, -1 where they are dynamic."""
+    """All axes, -1 where they are dynamic."""
     assert value.shape is not None
-    return [size if isinstance(size, int) else -1 for size in value.shape[1:]]
+    return [size if isinstance(size, int) else -1 for size in value.shape]
 
 
 def _set_label_file(config: model_config_pb2.ModelConfig, classes: int) -> None:
@@ -75,3 +96,13 @@ def _set_label_file(config: model_config_pb2.ModelConfig, classes: int) -> None:
             return
     found = ", ".join(f"{output.name!r} {list(output.dims)}" for output in config.output)
     raise ExportError(f"{classes} labels, but no output's last axis has as many numbers: {found}")
+
+
+def _set_encoded_image(config: model_config_pb2.ModelConfig, name: str) -> None:
+    """Declare the input as the content of an image file; see `serve.encoded_image`."""
+    (image,) = (tensor for tensor in config.input if tensor.name == name)
+    batch = [] if config.max_batch_size else image.dims[:1]
+    image.data_type = model_config_pb2.TYPE_STRING
+    image.ClearField("dims")
+    image.dims.extend([*batch, 1])
+    config.parameters["encoded_image"].string_value = name

@@ -1,31 +1,30 @@
-"""One checkpoint in, its repository entries out."""
+"""A source in, its repository entries out: the steps, in order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from export.errors import ExportError
-from export.graph import export_graph
-from export.latency import BATCHES, measure
-from export.model_config import LABELS, config_file, labels_file
-from export.quantization import PRECISIONS, Precision, quantize
-from export.report import make_report
+import numpy as np
+
+from export.model_config import LABELS, Served, config_file, labels_file
+from export.recipes import graph_file
+from export.report import make_report, table
 from export.repository import Entry, golden, write_entry
-from export.session import Session, rows, take
-from export.verify import Verification, verify
-from train.checkpoint import load_checkpoint
-from train.family import load_family
+from export.session import take
+from export.variants import make_variants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from export.settings import ExportSettings
-    from train.checkpoint import Checkpoint
+    from export.source import Source
+    from export.variants import Variant, Variants
     from train.family import ServingData, ServingGraph
 
 GOLDEN_ROWS = 8
+GOLDEN_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -43,71 +42,61 @@ class ExportResult:
     replaced: bool
 
 
-def export_checkpoint(settings: ExportSettings, say: Callable[[str], None]) -> list[ExportResult]:
-    """Rebuild, translate, quantize, verify, write: an entry for each of the family's graphs.
+def export(source: Source, settings: ExportSettings, say: Callable[[str], None]) -> list[ExportResult]:
+    """Translate, quantize, verify, measure, write: an entry for each of the source's graphs.
 
     Args:
+        source: the networks, with rows to judge them by.
         settings: what to export where.
         say: called with each step's description.
 
     Raises:
-        ExportError: the network can't be exported, or a gate refuses a graph; nothing is written.
-        train.checkpoint.CheckpointError: the checkpoint can't be used.
-        train.data.download.DataError: the data set can't be read.
+        ExportError: a network can't be exported, or a gate refuses a graph; nothing is written.
         OSError: the disk refused.
     """
-    say(f"rebuild the network of {settings.checkpoint}")
-    checkpoint = load_checkpoint(settings.checkpoint)
-    info = checkpoint.info
-    if info.epoch == 0:
-        raise ExportError(f"{settings.checkpoint} is untrained: it has no finished epoch; train it first")
-    if not any(name.startswith("test_") for name in info.metrics):  # written when a run has ended
-        say(f"note: training was cut short, after {info.epoch} of {info.recipe['epochs']} epochs")
-    try:
-        graphs = load_family(info.family).serving_graphs(checkpoint, settings.data_dir)
-    except ValueError as error:
-        raise ExportError(f"the data set of {settings.checkpoint} can't be had: {error}") from error
-    entries = [make_entry(graph, checkpoint, settings, say) for graph in graphs]
+    entries = [make_entry(graph, source, settings, say) for graph in source.graphs]
     return [_write(entry, settings, say) for entry in entries]
 
 
 def make_entry(
-    graph: ServingGraph, checkpoint: Checkpoint, settings: ExportSettings, say: Callable[[str], None]
+    graph: ServingGraph, source: Source, settings: ExportSettings, say: Callable[[str], None]
 ) -> Entry:
-    """Translate, quantize and verify one graph.
+    """Everything of one graph but the writing.
 
     Raises:
         ExportError: the graph can't be had, or a gate refuses it.
     """
-    name = (settings.name or checkpoint.info.family) + graph.suffix
-    precision = PRECISIONS[checkpoint.info.family]
+    name = (settings.name or source.name) + graph.suffix
     say(f"translate {name} to ONNX")
-    translated = export_graph(graph.module, graph.example)
-    if precision == "int8":
-        say(f"quantize to int8 for {settings.target}, calibrated with {rows(graph.data.calibration)} rows")
-    graphs = quantize(translated, graph.data.calibration, settings.target, precision)
-
-    say(f"verify on {rows(graph.data.held_out)} held-out rows")
-    sessions = {kind: Session(content) for kind, content in graphs.content.items()}
-    verification = verify(graph, sessions, tolerance=settings.tolerance / 100)
-    say("measure latency")
-    latencies = {batch: measure(sessions, graph.data.held_out, batch) for batch in BATCHES}
-
-    labels = graph.data.labels
-    files = {LABELS: labels_file(labels)} if labels else {}
+    variants = make_variants(graph, source.family, settings, say)
+    report = make_report(name, graph, variants, settings=settings, provenance=source.provenance)
+    served, labels = variants.default, graph.data.labels
+    config = Served(
+        default=graph_file(served.precision),
+        max_batch_size=0 if served.mixes_rows or _fixed_batch(served) else settings.max_batch_size,
+        labels=labels,
+        encoded_image=graph.image if settings.options.encoded_image else None,
+    )
     return Entry(
         name,
         settings.version,
-        entry_files={"config.pbtxt": config_file(name, graphs.served, labels), **files},
-        version_files={
-            "model.onnx": graphs.content[precision],
-            "golden.npz": _golden(graph.data, verification, precision),
-            **checkpoint.files,
+        entry_files={
+            "config.pbtxt": config_file(name, served.model, config),
+            **({LABELS: labels_file(labels)} if labels else {}),
         },
-        report=make_report(
-            name, settings, checkpoint.info, graphs=graphs, verification=verification, latencies=latencies
-        ),
+        version_files={
+            **{graph_file(precision): variants.graphs[precision].content for precision in variants.written},
+            "golden.npz": _golden(graph.data, variants),
+            "report.md": f"{table(report)}\n".encode(),
+            **source.files,
+        },
+        report=report,
     )
+
+
+def _fixed_batch(variant: Variant) -> bool:
+    shapes = [value.shape for value in variant.model.graph.inputs]
+    return any(shape is not None and isinstance(shape[0], int) for shape in shapes)
 
 
 def _write(entry: Entry, settings: ExportSettings, say: Callable[[str], None]) -> ExportResult:
@@ -117,6 +106,16 @@ def _write(entry: Entry, settings: ExportSettings, say: Callable[[str], None]) -
     return ExportResult(write_entry(settings.repository, entry), entry.report, replaced)
 
 
-def _golden(data: ServingData, verification: Verification, precision: Precision) -> bytes:
-    tolerance = {name: found.max_abs for name, found in verification.differences[precision].items()}
-    return golden(take(data.held_out, 0, GOLDEN_ROWS), take(verification.original, 0, GOLDEN_ROWS), tolerance)
+def _golden(data: ServingData, variants: Variants) -> bytes:
+    """Samples of at most 4 MiB."""
+    original = variants.original.outputs
+    row = sum(array[:1].nbytes for array in (*data.held_out.values(), *original.values()))
+    count = int(np.clip(GOLDEN_BYTES // row, 1, GOLDEN_ROWS))
+    tolerances = {
+        graph_file(precision): {
+            name: found.max_abs or 0.0
+            for name, found in variants.graphs[precision].findings.differences.items()
+        }
+        for precision in variants.written
+    }
+    return golden(take(data.held_out, 0, count), take(original, 0, count), tolerances)

@@ -1,4 +1,4 @@
-"""`report.json`: where an exported graph comes from and what was measured of it."""
+"""`report.json` and `report.md`: where an exported model comes from and what was measured of its graphs."""
 
 from __future__ import annotations
 
@@ -10,66 +10,122 @@ import onnx
 import onnxruntime
 
 from export.latency import processor
+from export.recipes import graph_file
 from export.session import INTRA_OP_THREADS
+from export.verify import figure, is_percentage
 from train.checkpoint import current_versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from export.quantization import Graphs
+    from export.recipes import Precision
     from export.settings import ExportSettings
-    from export.verify import Verification
-    from train.checkpoint import CheckpointInfo
+    from export.variants import Variant, Variants
+    from train.family import ServingGraph
+
+    Report = Mapping[str, Any]
 
 
 def make_report(
     name: str,
-    settings: ExportSettings,
-    info: CheckpointInfo,
+    graph: ServingGraph,
+    variants: Variants,
     *,
-    graphs: Graphs,
-    verification: Verification,
-    latencies: Mapping[int, Mapping[str, float]],
+    settings: ExportSettings,
+    provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Put the figures together, JSON values only.
 
     Args:
         name: the entry's name.
+        graph: what was exported.
+        variants: its graphs.
         settings: what was asked for.
-        info: the checkpoint's.
-        graphs: all precisions.
-        verification: what the gates measured.
-        latencies: batch size to precision to milliseconds.
+        provenance: where the network comes from.
     """
-    sizes = {kind: len(content) for kind, content in graphs.content.items()}
-    precision = list(sizes)[-1]
+    metric = graph.metric
     return {
         "name": name,
         "version": settings.version,
-        "precision": precision,
         "target": settings.target,
-        "checkpoint": asdict(info),
+        "default": variants.written[0],
+        **provenance,
         "versions": {
             **current_versions(),
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
             "numpy": np.__version__,
         },
-        "passes": graphs.passes,
         "metric": {
-            "name": verification.metric.name,
-            "rows": verification.rows,
-            **verification.scores,
-            "tolerance": verification.tolerance,
+            "name": metric.name,
+            "rows": len(graph.data.targets),
+            "percentage": is_percentage(metric),
+            "torch": variants.original.score,
         },
-        "differences": {
-            kind: {output: asdict(found) for output, found in outputs.items()}
-            for kind, outputs in verification.differences.items()
+        "processor": processor(),
+        "threads": INTRA_OP_THREADS,
+        "variants": {
+            precision: _variant(variant, precision, variants)
+            for precision, variant in variants.graphs.items()
         },
-        "bytes": sizes | {"ratio": sizes[precision] / sizes["fp32"]},
-        "latency_ms": {
-            "processor": processor(),
-            "threads": INTRA_OP_THREADS,
-            "batch": {str(batch): dict(medians) for batch, medians in latencies.items()},
-        },
+        "skipped": dict(variants.skipped),
+        "notes": list(variants.notes),
     }
+
+
+def _variant(variant: Variant, precision: Precision, variants: Variants) -> dict[str, Any]:
+    fp32 = variants.graphs["fp32"]
+    return {
+        "file": graph_file(precision) if precision in variants.written else None,
+        "made_by": variant.how,
+        "passes": dict(variant.changes),
+        "rows_independent": not variant.mixes_rows,
+        "bytes": len(variant.content),
+        "bytes_ratio": len(variant.content) / len(fp32.content),
+        "resident_bytes": variant.resident_bytes,
+        "latency_ms": {str(batch): median for batch, median in variant.latencies.items()},
+        "speedup": {
+            str(batch): fp32.latencies[batch] / median for batch, median in variant.latencies.items()
+        },
+        **asdict(variant.findings),
+    }
+
+
+def table(report: Report) -> str:
+    """The report's figures as a Markdown table, a row for each graph, with what to know below it."""
+    metric, processor = report["metric"], report["processor"]
+    fp32 = report["variants"]["fp32"]
+    batches = " | ".join(f"batch {batch}" for batch in fp32["latency_ms"])
+    where = f"{report['threads']} thread of {processor['model']} (dot products: {processor['dot_products']})"
+    lines = [
+        f"### {report['name']}",
+        "",
+        f"| graph | {metric['name']} | size | {batches} | memory |",
+        f"|---|---|---|{'---|' * len(fp32['latency_ms'])}---|",
+        *(_row(report, name, variant) for name, variant in report["variants"].items()),
+        "",
+        f"{metric['name']} on {metric['rows']} held-out rows; latency on {where}.",
+    ]
+    mixed = [name for name, variant in report["variants"].items() if not variant["rows_independent"]]
+    if mixed:
+        lines.append(
+            f"{', '.join(mixed)}: a row's answer depends a little on the others of its request, so a server "
+            "does not batch requests (max_batch_size 0)."
+        )
+    lines += [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]
+    lines += [f"No {name}: {reason}" for name, reason in report["skipped"].items()]
+    return "\n".join(lines)
+
+
+def _row(report: Report, name: str, variant: Mapping[str, Any]) -> str:
+    where = " (default)" if name == report["default"] else "" if variant["file"] else " (not written)"
+    faster = {batch: "" if name == "fp32" else f", {x:.2f} x" for batch, x in variant["speedup"].items()}
+    memory = variant["resident_bytes"]
+    cells = (
+        f"{name}{where}",
+        figure(variant["score"], percentage=report["metric"]["percentage"]),
+        f"{variant['bytes'] / 1e6:.2f} MB" + ("" if name == "fp32" else f", x {variant['bytes_ratio']:.2f}"),
+        *(f"{variant['latency_ms'][batch]:.3f} ms{faster[batch]}" for batch in variant["latency_ms"]),
+        "not measured" if memory is None else f"{memory / 1e6:.1f} MB",
+    )
+    return f"| {' | '.join(cells)} |"

@@ -1,200 +1,245 @@
-"""The gates: does the graph compute what the network computes, and does int8 keep its metric."""
+"""The gates: does a graph compute what the network computes, for every batch and shape, and is it as good."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from export.difference import OutputDifference, output_difference
 from export.errors import ExportError
-from export.session import BATCH, INTRA_OP_THREADS, Session, cycle, rows, take
+from export.session import cycle, rows, take
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from torch import nn
-
+    from export.original import Original
+    from export.recipes import Precision
+    from export.session import Session
     from train.family import Metric, ServingGraph
 
     Arrays = Mapping[str, np.ndarray]
 
 PARITY = 1e-4
+ROWS_APART = 1e-5
 BATCH_SIZES = (1, 2, 7, 32)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far an output is from the original's, over all held-out rows.
+class MetricError(ExportError):
+    """A graph's metric is too much worse than the original's; another way to quantize may do better."""
 
-    Attributes:
-        max_abs: largest absolute difference.
-        mean_abs: mean absolute difference.
-        relative: `max_abs` by the original's largest absolute value. (Number by number, the ones next to zero
-            would decide.)
-        cosine: of the two outputs as vectors of all their numbers.
-    """
 
-    max_abs: float
-    mean_abs: float
-    relative: float
-    cosine: float
+Differences = dict[str, OutputDifference]
+"""By output name."""
 
 
 @dataclass(frozen=True)
-class Verification:
-    """What the held-out rows showed; every gate held.
+class Findings:
+    """What the gates measured of a graph; all of them held.
 
     Attributes:
-        metric: how the outputs were scored.
-        rows: number of held-out rows.
-        scores: the metric of "torch", "fp32" and, where there is one, "int8".
-        tolerance: how much of the metric int8 was allowed to lose.
-        differences: precision to output name to the difference from torch.
-        original: the torch outputs by name.
+        score: the metric on the held-out rows.
+        tolerance: how much worse than torch's it was allowed to be.
+        differences: from torch, on the held-out rows.
+        other_shapes: output name to the largest relative difference from torch at other lengths.
+        rows_apart: output name to the largest relative difference between a row alone and among others.
+        providers: execution provider to the differences from torch there, of those that this machine has
+            besides the CPU's.
     """
 
-    metric: Metric
-    rows: int
-    scores: Mapping[str, float]
+    score: float
     tolerance: float
-    differences: Mapping[str, Mapping[str, Difference]]
-    original: Mapping[str, np.ndarray]
+    differences: Differences
+    other_shapes: Mapping[str, float]
+    rows_apart: Mapping[str, float]
+    providers: Mapping[str, Differences] = field(default_factory=dict)
 
 
-def verify(graph: ServingGraph, sessions: Mapping[str, Session], *, tolerance: float) -> Verification:
-    """Hold the ONNX graphs against the original.
+def verify(
+    precision: Precision,
+    session: Session,
+    graph: ServingGraph,
+    original: Original,
+    *,
+    tolerance: float,
+    mixes_rows: bool = False,
+) -> Findings:
+    """Hold an ONNX graph against the original.
 
     Args:
-        graph: its module, held-out rows, targets and metric are used.
-        sessions: the loaded graphs, "fp32" and, where there is one, "int8".
-        tolerance: int8's metric may be so much worse than torch's.
+        precision: of the graph.
+        session: the loaded graph.
+        graph: its held-out rows, targets and metric are used.
+        original: what `export.original.run_original` gave.
+        tolerance: how much worse the metric may be; see `train.family.Metric.relative`.
+        mixes_rows: whether the graph is known to; how much is measured all the same.
 
     Raises:
-        ExportError: the fp32 graph's outputs are off by more than 1e-4 of the largest, int8's metric is too
-            bad, or a row's answer depends on its batch.
+        MetricError: the metric is too bad.
+        ExportError: the outputs of an fp32 graph are off by more than 1e-4 of the largest, a row's answer
+            depends on its batch, or a dynamic axis isn't dynamic.
     """
-    data, metric = graph.data, graph.metric
-    fp32 = sessions["fp32"]
-    inputs = {name: data.held_out[name] for name in fp32.inputs}  # in the order of the module's arguments
-    original = run_module(graph.module, inputs, fp32.outputs)
-    for name, session in sessions.items():
-        check_batches(name, session, inputs)
-    outputs = {name: session.run_in_batches(inputs) for name, session in sessions.items()}
-    result = Verification(
-        metric=metric,
-        rows=rows(inputs),
-        scores={
-            name: metric.score(out, data.targets) for name, out in {"torch": original, **outputs}.items()
-        },
+    if not _fits(session, graph.data.held_out):
+        found = {name: list(array.shape[1:]) for name, array in graph.data.held_out.items()}
+        raise ExportError(
+            f"--fix: expected the sizes of the held-out rows, which are {found} after the batch"
+        )
+    outputs = session.run_in_batches(graph.data.held_out)
+    differences = compare(outputs, original.outputs)
+    if precision == "fp32":
+        check_parity(differences)
+    score = check_score(precision, graph, original, outputs, tolerance)
+    return Findings(
+        score=score,
         tolerance=tolerance,
-        differences={name: _differences(out, original) for name, out in outputs.items()},
-        original=original,
-    )
-    check_parity(result)
-    check_metric(result)
-    return result
-
-
-def run_module(module: nn.Module, inputs: Arrays, outputs: Sequence[str]) -> dict[str, np.ndarray]:
-    """Outputs of a torch module by name, of any number of rows, on one thread as the graphs'."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(INTRA_OP_THREADS)
-    try:
-        with torch.no_grad():
-            return _run_module(module, inputs, outputs)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run_module(module: nn.Module, inputs: Arrays, outputs: Sequence[str]) -> dict[str, np.ndarray]:
-    parts: list[tuple[torch.Tensor, ...]] = []
-    for start in range(0, rows(inputs), BATCH):
-        batch = take(inputs, start, start + BATCH)
-        result = module(*(torch.from_numpy(array) for array in batch.values()))
-        parts.append((result,) if isinstance(result, torch.Tensor) else tuple(result))
-    columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    return dict(zip(outputs, columns, strict=True))
-
-
-def difference(found: np.ndarray, original: np.ndarray) -> Difference:
-    """Compare an output with the original's, both FP32 [rows, ...]."""
-    off = np.abs(found.astype(np.float64) - original)
-    largest = float(np.abs(original).max())
-    norms = float(np.linalg.norm(found) * np.linalg.norm(original))
-    return Difference(
-        max_abs=float(off.max()),
-        mean_abs=float(off.mean()),
-        relative=float(off.max()) / max(largest, float(np.finfo(np.float32).tiny)),
-        cosine=float(np.vdot(found, original)) / norms if norms else 0.0,
+        differences=differences,
+        other_shapes=check_shapes(precision, session, graph, original),
+        rows_apart=check_rows(precision, session, graph.data.held_out, mixes_rows=mixes_rows),
     )
 
 
-def check_parity(result: Verification) -> None:
+def compare(found: Arrays, original: Arrays) -> Differences:
+    """Each output of the original's against the one found.
+
+    Raises:
+        ExportError: one has another shape.
+    """
+    for name, array in original.items():
+        if found[name].shape != array.shape:
+            raise ExportError(
+                f"output {name!r}: the graph answers {list(found[name].shape)}, torch {list(array.shape)}"
+            )
+    return {name: output_difference(found[name], original[name]) for name in original}
+
+
+def check_parity(differences: Differences, limit: float = PARITY) -> None:
     """The fp32 gate.
 
     Raises:
-        ExportError: an output is off by more than 1e-4 of the original's largest value.
+        ExportError: an output is off by more than `limit` of the original's largest value.
     """
-    for name, found in result.differences["fp32"].items():
-        if not found.relative <= PARITY:
+    for name, found in differences.items():
+        if not found.relative <= limit:
             raise ExportError(
                 f"fp32 parity: output {name!r} of the graph is off by {found.relative:.2e} of the largest "
-                f"value, allowed {PARITY:.0e} (max {found.max_abs:.3g}, mean {found.mean_abs:.3g}, "
-                f"cosine {found.cosine:.6f}); "
-                "an operator was translated wrongly: compare the module's layers with the graph's one by one"
+                f"value, allowed {limit:.0e}; an operator was translated wrongly: compare the module's "
+                "layers with the graph's one by one"
             )
 
 
-def check_metric(result: Verification) -> None:
-    """The int8 gate.
+def lost(metric: Metric, before: float, after: float) -> float:
+    """By how much the metric got worse: of a relative one as a part of it, else as a difference."""
+    worse = metric.gain(before, over=after)
+    return worse / max(abs(before), float(np.finfo(np.float32).tiny)) if metric.relative else worse
+
+
+def check_score(
+    precision: Precision, graph: ServingGraph, original: Original, outputs: Arrays, tolerance: float
+) -> float:
+    """The metric's gate.
+
+    Returns:
+        The metric.
 
     Raises:
-        ExportError: the metric is worse than torch's by more than the tolerance.
+        MetricError: it is worse than torch's by more than the tolerance.
     """
-    if "int8" not in result.scores:
-        return
-    before, after = result.scores["torch"], result.scores["int8"]
-    lost = result.metric.gain(before, over=after)
-    if not lost <= result.tolerance:
-        off = ", ".join(
-            f"{name!r} cosine {found.cosine:.4f}" for name, found in result.differences["int8"].items()
-        )
-        raise ExportError(
-            f"int8 {result.metric.name}: {100 * after:.2f} % against {100 * before:.2f} % before "
-            f"quantization on {result.rows} held-out rows, a loss of {100 * lost:.2f} points where "
-            f"{100 * result.tolerance:.2f} are allowed ({off}); calibrate with rows that look like those "
-            "served, train longer, or allow more with --tolerance"
-        )
+    metric = graph.metric
+    score = metric.score(outputs, graph.data.targets)
+    worse = lost(metric, original.score, score)
+    if worse <= tolerance:
+        return score
+    off = ", ".join(
+        f"{name!r} off by {found.relative:.1e} of the largest value"
+        for name, found in compare(outputs, original.outputs).items()
+    )
+    unit = "%" if metric.relative else "points"
+    after, before = (figure(value, percentage=is_percentage(metric)) for value in (score, original.score))
+    raise MetricError(
+        f"{precision} {metric.name}: {after} against {before} in PyTorch on "
+        f"{rows(graph.data.held_out)} held-out rows, worse by {100 * worse:.2f} {unit} where "
+        f"{100 * tolerance:.2f} are allowed ({off}); calibrate with rows that look like those served, train "
+        "longer, or allow more with --tolerance"
+    )
 
 
-def check_batches(name: str, session: Session, held_out: Arrays) -> None:
+def is_percentage(metric: Metric) -> bool:
+    """Whether people write it as a percentage, as accuracy; errors and perplexities they write plain."""
+    return metric.higher_is_better and not metric.relative
+
+
+def figure(value: float, *, percentage: bool) -> str:
+    """A metric's value in text."""
+    return f"{100 * value:.2f} %" if percentage else f"{value:.4f}"
+
+
+def check_rows(
+    precision: Precision, session: Session, held_out: Arrays, *, mixes_rows: bool = False
+) -> dict[str, float]:
     """The batch gate: any batch size runs, and no row's answer depends on the others.
 
+    Returns:
+        Output name to the largest difference between a row alone and among others, by the largest value;
+        empty where the batch was made constant.
+
     Raises:
-        ExportError: a batch size is refused, or rows differ from the same rows alone by more than 1e-4 of the
-            largest value.
+        ExportError: a batch size is refused, or rows differ by more than 1e-5 of the largest value; at all,
+            of a static int8 graph, whose ranges are constants.
     """
+    if session.batch_size is not None:
+        return {}
     inputs = cycle(held_out, max(BATCH_SIZES))
     alone = [session.run(take(inputs, row, row + 1)) for row in range(max(BATCH_SIZES))]
     single = {output: np.concatenate([part[output] for part in alone]) for output in session.outputs}
+    limit = 0.0 if precision == "int8" else ROWS_APART
+    apart = dict.fromkeys(session.outputs, 0.0)
     for size in BATCH_SIZES:
         for output, values in session.run(take(inputs, 0, size)).items():
-            _check_batch(f"{name} output {output!r}", values, single[output][:size])
+            found = _rows_apart(f"{precision} output {output!r}", values, single[output][:size])
+            if not (found <= limit or mixes_rows):
+                raise ExportError(
+                    f"{precision} output {output!r}: rows in a batch of {size} differ from those alone by "
+                    f"{found:.1e} of the largest value, allowed {limit:.0e}; the graph mixes the rows of a "
+                    "batch (batch norm in training mode does, and so does arithmetic over axis 0)"
+                )
+            apart[output] = max(apart[output], found)
+    return apart
 
 
-def _check_batch(what: str, batched: np.ndarray, alone: np.ndarray) -> None:
+def _rows_apart(what: str, batched: np.ndarray, alone: np.ndarray) -> float:
     if len(batched) != len(alone):
         raise ExportError(f"{what}: {len(alone)} rows in, {len(batched)} out; the batch axis isn't dynamic")
-    found = difference(batched, alone)
-    if not found.relative <= PARITY:
-        raise ExportError(
-            f"{what}: rows in a batch of {len(alone)} differ from those rows alone by {found.relative:.1e} "
-            f"of the largest value, allowed {PARITY:.0e}; the graph mixes the rows of a batch (dynamic "
-            "quantization does, and so does batch norm in training mode)"
-        )
+    return output_difference(batched, alone).relative
 
 
-def _differences(found: Arrays, original: Arrays) -> dict[str, Difference]:
-    return {name: difference(found[name], original[name]) for name in original}
+def check_shapes(
+    precision: Precision, session: Session, graph: ServingGraph, original: Original
+) -> dict[str, float]:
+    """The gate of dynamic axes: rows of other lengths get what torch answers.
+
+    Returns:
+        Output name to the largest difference from torch, by the largest value.
+
+    Raises:
+        ExportError: an fp32 graph is off by more than 1e-4, or a graph answers another shape.
+    """
+    largest: dict[str, float] = {}
+    for inputs, expected in zip(graph.data.other_shapes, original.other_shapes, strict=True):
+        if not _fits(session, inputs):
+            continue
+        differences = compare(session.run_in_batches(inputs), expected)
+        if precision == "fp32":
+            check_parity(differences)
+        for name, found in differences.items():
+            largest[name] = max(largest.get(name, 0.0), found.relative)
+    return largest
+
+
+def _fits(session: Session, inputs: Arrays) -> bool:
+    """Whether the rows have the sizes of axes that were made constant."""
+    return all(
+        not isinstance(size, int) or size == found
+        for name, shape in session.input_shapes.items()
+        for size, found in zip(shape[1:], inputs[name].shape[1:], strict=True)
+    )

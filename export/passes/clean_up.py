@@ -32,6 +32,7 @@ class CleanUp:
         """See `export.passes.Pass`."""
         graph = model.graph
         changes = {"outputs left float": sum(_unround(graph, output) for output in tuple(graph.outputs))}
+        changes["tables read in integers"] = sum(_take_rows_first(graph, node) for node in tuple(graph))
         changes["bias zero points left out"] = sum(_omit_bias_zero_point(node) for node in graph)
         initializers = len(graph.initializers)
         common.RemoveUnusedNodesPass()(model)
@@ -59,6 +60,34 @@ def _unround(graph: ir.Graph, output: ir.Value) -> bool:
     # Left in place, though nothing reads it, it would keep onnxruntime from fusing the integer product.
     if not quantize.outputs[0].uses():
         graph.remove(quantize, safe=True)
+    return True
+
+
+def _take_rows_first(graph: ir.Graph, gather: ir.Node) -> bool:
+    """Make float only the rows that a Gather takes, and don't round them again: they are rounded already."""
+    table = gather.inputs[0]
+    dequantize = table.producer() if table is not None else None
+    if gather.op_type != "Gather" or dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return False
+    integers, *scale = dequantize.inputs
+    if (
+        integers is None
+        or integers.const_value is None
+        or any(len(part.shape or ()) for part in scale if part)
+    ):
+        return False
+    rows = ir.node("Gather", [integers, gather.inputs[1]], {**gather.attributes})
+    made_float = ir.node("DequantizeLinear", [rows.outputs[0], *scale])
+    graph.insert_before(gather, [rows, made_float])
+    old, new = gather.outputs[0], made_float.outputs[0]
+    new.name, new.shape, new.type = old.name, old.shape, old.type
+    rows.outputs[0].name = f"{old.name}.integers"
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(gather, safe=True)
+    for again in new.consumers():
+        if again.op_type == "QuantizeLinear":
+            for back in tuple(again.outputs[0].consumers()):
+                back.outputs[0].replace_all_uses_with(new)
     return True
 
 

@@ -80,7 +80,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     repository = tmp_path_factory.mktemp("export") / "models"
     # Hardly trained, the network is unsure of so many images that int8 turns 3 or 4 % of its answers around.
-    flags = ("--to", str(repository), "--target", "x86", "--tolerance", "1.5")
+    flags = ("--to", str(repository), "--target", "x86-vnni", "--tolerance", "1.5")
     command = [sys.executable, "-m", "export", str(checkpoint), *flags]
     done = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False

@@ -1,59 +1,19 @@
-"""The repository entry is written whole or not at all, whenever the exporter dies."""
+"""What an export leaves of the entry that was there, and what others see meanwhile."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
+import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from export.repository import Entry, write_entry
-
-ROOT = Path(__file__).parents[2]
-
-# Writes an entry again and again, each time in a fresh copy of the repository and in a process of its own.
-# That kills itself before the first, second, ... system call that write_entry makes, until one gets through.
-KILLED_EXPORTERS = """
-import builtins, io, os, shutil, signal, sys
-from itertools import count
-from pathlib import Path
 from export import repository
+from export.errors import ExportError
 from export.repository import Entry, write_entry
-
-before, states, name, version, mark = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
-entry = Entry(
-    name, int(version),
-    {"config.pbtxt": mark.encode(), "labels.txt": mark.encode()},
-    {"model.onnx": mark.encode(), "golden.npz": mark.encode()},
-    {"mark": mark},
-)
-
-def deadly(function, calls, fatal):
-    def call(*arguments, **options):
-        if next(calls) == fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return call
-
-for fatal in count():
-    state = states / f"{fatal:02}"
-    shutil.copytree(before, state)
-    child = os.fork()
-    if not child:
-        calls = count()
-        for name in ("mkdir", "chmod", "open", "sendfile", "fsync", "rename", "replace", "unlink", "rmdir"):
-            setattr(os, name, deadly(getattr(os, name), calls, fatal))
-        io.open = builtins.open = deadly(io.open, calls, fatal)
-        repository._exchange = deadly(repository._exchange, calls, fatal)
-        write_entry(state, entry)
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
-        break
-"""
 
 
 def entry(version: int, mark: str) -> Entry:
@@ -65,10 +25,6 @@ def entry(version: int, mark: str) -> Entry:
         version_files={"model.onnx": content, "golden.npz": content},
         report={"mark": mark},
     )
-
-
-def visible(repository: Path) -> list[str]:
-    return sorted(path.name for path in repository.iterdir() if not path.name.startswith("."))
 
 
 def mark_of(version: Path) -> str | None:
@@ -83,46 +39,6 @@ def mark_of(version: Path) -> str | None:
         assert content.decode() == report["mark"]
     mark: str = report["mark"]
     return mark
-
-
-@pytest.mark.parametrize(
-    ("present", "written", "before", "after"),
-    [
-        ([], 1, {1: None}, {1: "new"}),
-        ([1], 2, {1: "old", 2: None}, {1: "old", 2: "new"}),
-        ([1, 2], 2, {1: "old", 2: "old"}, {1: "old", 2: "new"}),
-    ],
-    ids=["new entry", "new version", "version replaced"],
-)
-def test_a_killed_exporter_leaves_the_old_or_the_new(
-    present: list[int],
-    written: int,
-    before: dict[int, str | None],
-    after: dict[int, str | None],
-    tmp_path: Path,
-) -> None:
-    start, states = tmp_path / "start", tmp_path / "states"
-    start.mkdir()
-    for version in present:
-        write_entry(start, entry(version, "old"))
-    command = [sys.executable, "-c", KILLED_EXPORTERS, str(start), str(states), "net", str(written), "new"]
-    subprocess.run(command, cwd=ROOT, check=True)
-
-    found = [
-        {version: mark_of(state / "net" / str(version)) for version in after}
-        for state in sorted(states.iterdir())
-    ]
-    assert len(found) > 10  # as many deaths
-    assert found == sorted(found, key=lambda marks: marks == after)  # once new, always new
-    assert found[0] == before
-    assert found[-1] == after
-    assert all(marks in (before, after) for marks in found)
-    for state in states.iterdir():
-        for shared in (state / "net").glob("*.*"):
-            assert shared.read_text() in {"old", "new"}
-        write_entry(state, entry(written, "again"))
-        assert visible(state) == [path.name for path in state.iterdir()] == ["net"]
-        assert mark_of(state / "net" / str(written)) == "again"
 
 
 def test_a_polling_reader_never_misses_a_version_that_is_replaced(tmp_path: Path) -> None:
@@ -166,3 +82,107 @@ def test_a_server_of_another_user_can_read_the_entry(tmp_path: Path) -> None:
     for path in (tmp_path / "net").rglob("*"):
         assert path.stat().st_mode & 0o004, path
     assert (tmp_path / "net").stat().st_mode & 0o005 == 0o005
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Relative path to content; None for a folder. Links are left out."""
+    paths = [path for path in sorted(folder.rglob("*")) if not path.is_symlink()]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def test_another_version_is_the_same_files_under_the_new_config(tmp_path: Path) -> None:
+    write_entry(tmp_path, entry(1, "old"))
+    before = {path.name: path.stat() for path in (tmp_path / "net/1").iterdir()}
+    folder_time = (tmp_path / "net/1").stat().st_mtime_ns
+    write_entry(tmp_path, entry(2, "new"))
+    assert {path.name: path.stat().st_ino for path in (tmp_path / "net/1").iterdir()} == {
+        name: stat.st_ino for name, stat in before.items()
+    }
+    # A server that polls tells by the times whether to load a version again.
+    assert (tmp_path / "net/1").stat().st_mtime_ns == folder_time
+    assert (mark_of(tmp_path / "net/1"), mark_of(tmp_path / "net/2")) == ("old", "new")
+    assert (tmp_path / "net/config.pbtxt").read_text() == "new"
+    assert all(stat.st_nlink == 1 for stat in map(Path.stat, (tmp_path / "net/1").iterdir()))
+
+
+def test_files_of_the_user_stay(tmp_path: Path) -> None:
+    net = tmp_path / "net"
+    write_entry(tmp_path, entry(1, "old"))
+    (net / "README.md").write_text("mine")
+    (net / "notes/deep").mkdir(parents=True)
+    (net / "notes/deep/a").write_text("mine")
+    (net / "link").symlink_to("notes/deep/a")
+    (net / "lost").symlink_to("nowhere")
+    net.chmod(0o750)
+    kept = {path: content for path, content in tree(net).items() if path.startswith(("README", "notes"))}
+    write_entry(tmp_path, entry(1, "new"))
+    assert {path: content for path, content in tree(net).items() if path in kept} == kept
+    assert ((net / "link").readlink(), (net / "lost").readlink()) == (Path("notes/deep/a"), Path("nowhere"))
+    assert net.stat().st_mode & 0o777 == 0o750
+    assert mark_of(net / "1") == "new"
+
+
+def test_labels_of_an_earlier_export_go_unless_the_user_changed_them(tmp_path: Path) -> None:
+    without = replace(entry(1, "new"), entry_files={"config.pbtxt": b"new"})
+    write_entry(tmp_path, entry(1, "old"))
+    write_entry(tmp_path, without)
+    assert not (tmp_path / "net/labels.txt").exists()
+    write_entry(tmp_path, entry(1, "old"))
+    (tmp_path / "net/labels.txt").write_text("mine")
+    write_entry(tmp_path, without)
+    assert (tmp_path / "net/labels.txt").read_text() == "mine"
+
+
+def test_a_report_that_is_not_ours_is_no_obstacle(tmp_path: Path) -> None:
+    for number, report in enumerate(
+        (b"not JSON", b"[1]", b'{"sha256": 3}', b'{"sha256": {"a": []}}', b"\xff"), 2
+    ):
+        (tmp_path / "net" / str(number)).mkdir(parents=True)
+        (tmp_path / "net" / str(number) / "report.json").write_bytes(report)
+    assert mark_of(write_entry(tmp_path, entry(1, "new"))) == "new"
+    assert (tmp_path / "net/2/report.json").read_bytes() == b"not JSON"
+
+
+def test_without_hard_links_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    write_entry(tmp_path, entry(1, "old"))
+    monkeypatch.setattr(os, "link", refuse)
+    write_entry(tmp_path, entry(2, "new"))
+    assert (mark_of(tmp_path / "net/1"), mark_of(tmp_path / "net/2")) == ("old", "new")
+
+
+def test_an_entry_that_is_a_link_is_replaced_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/net").symlink_to("../elsewhere/net")
+    write_entry(tmp_path / "elsewhere", entry(1, "old"))
+    write_entry(tmp_path / "models", entry(1, "new"))
+    assert (tmp_path / "models/net").is_symlink()
+    assert mark_of(tmp_path / "elsewhere/net/1") == "new"
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["net"]
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "net").write_text("mine")
+    with pytest.raises(ExportError, match="net: is a file, not an entry"):
+        write_entry(tmp_path, entry(1, "new"))
+    assert tree(tmp_path) == {"net": b"mine"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="Linux only")
+def test_a_file_system_that_cannot_swap_keeps_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = "RENAME_EXCHANGE"
+    write_entry(tmp_path, entry(1, "old"))
+    before = tree(tmp_path)
+    # No file system knows this flag: the kernel answers EINVAL, as NFS does for the real one.
+    monkeypatch.setattr(repository, flags, 1 << 20)
+    with pytest.raises(
+        ExportError, match=r"net: this entry exists .* \(Invalid argument\); export under another"
+    ):
+        write_entry(tmp_path, entry(1, "new"))
+    assert tree(tmp_path) == before
+    write_entry(tmp_path, replace(entry(1, "new"), name="other"))
+    assert mark_of(tmp_path / "other/1") == "new"

@@ -1,0 +1,1 @@
+"""Networks of other people: any `nn.Module` that a Python function returns."""
