@@ -102,8 +102,21 @@ def _fixed_batch(variant: Variant) -> bool:
 def _write(entry: Entry, settings: ExportSettings, say: Callable[[str], None]) -> ExportResult:
     folder = settings.repository / entry.name / str(entry.version)
     say(f"write {folder}")
+    for other in _unservable(folder.parent, entry):
+        say(
+            f"note: version {other} has no {entry.report['file']}, which config.pbtxt now names for all "
+            f"versions: it can't be served any more; export it again with --version {other}, or remove it"
+        )
     replaced = folder.exists()
     return ExportResult(write_entry(settings.repository, entry), entry.report, replaced)
+
+
+def _unservable(folder: Path, entry: Entry) -> list[str]:
+    """Other versions of the entry that lack the graph which is the default now."""
+    versions = [
+        path for path in folder.glob("*") if path.name.isdecimal() and path.name != str(entry.version)
+    ]
+    return sorted(path.name for path in versions if not (path / entry.report["file"]).exists())
 
 
 def _golden(data: ServingData, variants: Variants) -> bytes:

@@ -120,10 +120,12 @@ def _static_attempts(
     say("find the layers that suffer most from int8")
     errors = layer_errors(prepared, ranges, scheme, take(calibration, 0, SENSITIVITY_ROWS))
     for share in EXCLUDED:
-        worst = [error.node for error in errors[: max(1, round(share * len(errors)))]]
-        how = f"{method} calibration, {len(worst)} of {len(errors)} layers float: {', '.join(worst)}"
+        worst = errors[: max(1, round(share * len(errors)))]
+        named = ", ".join(f"{error.node} ({error.sqnr_db:.0f} dB)" for error in worst)
+        how = f"{method} calibration, {len(worst)} of {len(errors)} layers float: {named}"
         say(f"leave the worst {len(worst)} of {len(errors)} layers float")
-        yield _attempt(how, prepared.clone(), StaticInt8(ranges, scheme, frozenset(worst)), CleanUp())
+        excluded = frozenset(error.node for error in worst)
+        yield _attempt(how, prepared.clone(), StaticInt8(ranges, scheme, excluded), CleanUp())
     for other in get_args(Method):
         if other == method:
             continue

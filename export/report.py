@@ -11,7 +11,8 @@ import onnxruntime
 
 from export.latency import processor
 from export.recipes import graph_file
-from export.session import INTRA_OP_THREADS
+from export.session import CPU, INTRA_OP_THREADS
+from export.targets import provider
 from export.verify import figure, is_percentage
 from train.checkpoint import current_versions
 
@@ -49,6 +50,7 @@ def make_report(
         "version": settings.version,
         "target": settings.target,
         "default": variants.written[0],
+        "file": graph_file(variants.written[0]),
         **provenance,
         "versions": {
             **current_versions(),
@@ -64,6 +66,7 @@ def make_report(
         },
         "processor": processor(),
         "threads": INTRA_OP_THREADS,
+        "provider": provider(settings.target),
         "variants": {
             precision: _variant(variant, precision, variants)
             for precision, variant in variants.graphs.items()
@@ -97,6 +100,8 @@ def table(report: Report) -> str:
     fp32 = report["variants"]["fp32"]
     batches = " | ".join(f"batch {batch}" for batch in fp32["latency_ms"])
     where = f"{report['threads']} thread of {processor['model']} (dot products: {processor['dot_products']})"
+    if report["provider"] != CPU:
+        where = report["provider"]
     lines = [
         f"### {report['name']}",
         "",
@@ -107,13 +112,13 @@ def table(report: Report) -> str:
         f"{metric['name']} on {metric['rows']} held-out rows; latency on {where}.",
     ]
     mixed = [name for name, variant in report["variants"].items() if not variant["rows_independent"]]
-    if mixed:
-        lines.append(
-            f"{', '.join(mixed)}: a row's answer depends a little on the others of its request, so a server "
-            "does not batch requests (max_batch_size 0)."
-        )
-    lines += [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]
-    lines += [f"No {name}: {reason}" for name, reason in report["skipped"].items()]
+    notes = [
+        f"{name}: a row's answer depends a little on the others of its request, so a server does not batch "
+        "requests (max_batch_size 0)"
+        for name in mixed
+    ]
+    notes += [*report["notes"], *(f"no {name}: {reason}" for name, reason in report["skipped"].items())]
+    lines += ["", *(f"- {note}" for note in notes)] if notes else []
     return "\n".join(lines)
 
 

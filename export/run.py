@@ -13,7 +13,7 @@ from export.recipes import Precision
 from export.report import table
 from export.settings import ExportSettings, GraphOptions
 from export.source import EntryPointOptions, load_source
-from export.targets import Target, this_target
+from export.targets import ACCELERATORS, Target, this_target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     parsed = _parser().parse_args(arguments)
     settings = _settings(parsed)
     options = EntryPointOptions.parse(
-        parsed.dynamic, data=parsed.data, labels=parsed.labels, metric=parsed.metric
+        parsed.dynamic, data=parsed.data, labels=parsed.labels, metric=parsed.metric, pixels=parsed.pixels
     )
     if len(parsed.source) > 1 and settings.name:
         raise ExportError(f"--name {settings.name}: one name for {len(parsed.source)} sources; export one")
@@ -94,7 +94,9 @@ def _add_precision_flags(parser: argparse.ArgumentParser) -> None:
 def _add_graph_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the graph's ends")
     group.add_argument(
-        "--native-size", action="store_true", help="images of the network's own size only, not of any size"
+        "--native-size",
+        action="store_true",
+        help="images of the network's own size only, not of any size; always so for cuda and openvino",
     )
     group.add_argument(
         "--encoded-image",
@@ -141,6 +143,13 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         "(default: agreement for outputs [rows, classes], else cosine)",
     )
     group.add_argument(
+        "--pixels",
+        metavar="SCALING",
+        help="of module:function: take UINT8 pixels [batch, height, width, channels] of any size instead of "
+        "normalized images; none (0 to 255), unit (0 to 1), inception (-1 to 1), imagenet, or MEAN/STD of "
+        "pixels from 0 to 1: 0.5,0.5,0.5/0.25,0.25,0.25",
+    )
+    group.add_argument(
         "--dynamic",
         action="append",
         default=[],
@@ -150,9 +159,10 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(parsed: argparse.Namespace) -> ExportSettings:
+    target = this_target() if parsed.target == "auto" else parsed.target
     return ExportSettings(
         repository=parsed.to,
-        target=this_target() if parsed.target == "auto" else parsed.target,
+        target=target,
         precisions=_precisions(parsed.precision),
         name=parsed.name,
         version=parsed.version,
@@ -160,7 +170,8 @@ def _settings(parsed: argparse.Namespace) -> ExportSettings:
         method=parsed.calibration,
         max_batch_size=parsed.max_batch_size,
         options=GraphOptions(
-            any_size=not parsed.native_size,
+            # OpenVINO doesn't load the graph that resizes, and TensorRT builds none with branches.
+            any_size=not parsed.native_size and target not in ACCELERATORS,
             encoded_image=parsed.encoded_image,
             top_k=parsed.top_k,
             fixed=_fixed(parsed.fix),

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from export.errors import ExportError
+from export.session import CPU, usable_providers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Target = Literal["x86-vnni", "x86", "arm64", "cuda", "openvino"]
 """x86-64 processors that multiply and add bytes in one instruction (VNNI) and those that don't, 64-bit ARM,
 TensorRT on a GPU, OpenVINO."""
+
+ACCELERATORS: Mapping[Target, str] = {
+    "cuda": "CUDAExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+"""onnxruntime's provider for a target that is no processor."""
 
 X86, ARM64 = ("x86_64", "amd64"), ("aarch64", "arm64")
 VNNI = {"avx512_vnni", "avx_vnni"}
@@ -18,6 +28,22 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def this_target() -> Target:
+    """What graphs run on here: an accelerator that this onnxruntime can use, else the processor.
+
+    Raises:
+        ExportError: the processor is no known one.
+    """
+    return next((target for target in ACCELERATORS if is_here(target)), processor_target())
+
+
+def is_here(target: Target) -> bool:
+    """Whether this machine can show how fast a graph is on the target."""
+    if target in ACCELERATORS:
+        return ACCELERATORS[target] in usable_providers()
+    return target == processor_target()
+
+
+def processor_target() -> Target:
     """The target that this machine's processor is; x86 counts as without VNNI unless Linux says otherwise.
 
     Raises:
@@ -31,6 +57,12 @@ def this_target() -> Target:
     raise ExportError(
         f"processor {machine!r} is no known target; name one with --target {'|'.join(get_args(Target))}"
     )
+
+
+def provider(target: Target) -> str:
+    """The execution provider to measure on: the target's, where this machine has it, else the CPU's."""
+    wanted = ACCELERATORS.get(target, CPU)
+    return wanted if wanted in usable_providers() else CPU
 
 
 def _processor_flags() -> list[str]:

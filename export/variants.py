@@ -16,8 +16,8 @@ from export.passes.fix_shapes import FixShapes
 from export.passes.flatten_normalization import FlattenNormalization
 from export.passes.top_k import TopK
 from export.quantization import Attempt, NotApplicableError, apply, attempts
-from export.session import Session, cycle, usable_providers
-from export.targets import this_target
+from export.session import CPU, Session, cycle, usable_providers
+from export.targets import ACCELERATORS, is_here, provider
 from export.verify import MetricError, check_score, compare, verify
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from export.passes import Pass
     from export.recipes import Precision
     from export.settings import ExportSettings, GraphOptions
-    from export.verify import Findings
+    from export.verify import Differences, Findings
     from train.family import ServingGraph
 
 BATCHES = (1, 8)
@@ -111,7 +111,7 @@ def make_variants(
                 raise
             skipped[precision] = str(error)
             say(f"note: no {precision}: {error}")
-    graphs = _measured(graphs, graph, say)
+    graphs = _measured(graphs, graph, provider(settings.target), say)
     if settings.precisions:
         return Variants(graphs, settings.precisions, skipped, (), original)
     default, notes = choose_default(list(graphs.values()), wanted, settings)
@@ -183,12 +183,14 @@ class Maker:
             self._graph,
             self._original,
             tolerance=tolerance,
+            # On the CPU, where these are run, an accelerator's int8 is float with rounding.
+            exact=precision == "int8" and self._settings.target not in ACCELERATORS,
             mixes_rows=attempt.mixes_rows,
         )
         elsewhere = {
-            provider: self._on_provider(precision, content, provider, tolerance)
-            for provider in usable_providers()
-            if provider != "CPUExecutionProvider"
+            name: self._on_provider(precision, content, name, tolerance)
+            for name in usable_providers()
+            if name != CPU
         }
         findings = replace(findings, providers=elsewhere)
         return Variant(precision, model, content, attempt.how, changes, findings, attempt.mixes_rows, {})
@@ -198,8 +200,22 @@ class Maker:
             return self._settings.tolerance / 100
         return recipes.tolerance(precision, relative=self._graph.metric.relative)
 
-    def _on_provider(self, precision: Precision, content: bytes, provider: str, tolerance: float) -> Any:
-        outputs = Session(content, provider).run_in_batches(self._graph.data.held_out)
+    def _on_provider(
+        self, precision: Precision, content: bytes, name: str, tolerance: float
+    ) -> Differences | str:
+        """The differences from torch on an execution provider, or why it can't run the graph.
+
+        Raises:
+            ExportError: it can't, and is the target's.
+            MetricError: the metric is too bad there.
+        """
+        try:
+            outputs = Session(content, name).run_in_batches(self._graph.data.held_out)
+        except ExportError as error:
+            if name == provider(self._settings.target):
+                raise
+            self._say(f"note: {name}, which is not the target's, doesn't run {precision}: {error}")
+            return str(error)
         check_score(precision, self._graph, self._original, outputs, tolerance)
         return compare(outputs, self._original.outputs)
 
@@ -231,10 +247,10 @@ def _add_ends(
 
 
 def _measured(
-    graphs: Mapping[Precision, Variant], graph: ServingGraph, say: Callable[[str], None]
+    graphs: Mapping[Precision, Variant], graph: ServingGraph, where: str, say: Callable[[str], None]
 ) -> dict[Precision, Variant]:
     say("measure latency and memory")
-    sessions: dict[str, Session] = {name: Session(variant.content) for name, variant in graphs.items()}
+    sessions: dict[str, Session] = {name: Session(variant.content, where) for name, variant in graphs.items()}
     inputs = graph.data.held_out
     fixed = next(iter(sessions.values())).batch_size
     latencies = {batch: measure(sessions, inputs, batch) for batch in ((fixed,) if fixed else BATCHES)}
@@ -259,7 +275,7 @@ def choose_default(
     """
     names = [variant.precision for variant in variants]
     preferred: Precision = next((name for name in wanted if name in names), "fp32")
-    if settings.target != this_target():
+    if not is_here(settings.target):
         note = f"which is fastest on {settings.target} can't be measured here; the default is the recipe's"
         return preferred, (note,)
     fp32 = next(variant for variant in variants if variant.precision == "fp32")
@@ -272,5 +288,5 @@ def choose_default(
         if name != "fp32" and speedups[name] < WORTHWHILE
     )
     if speedups[best] < WORTHWHILE:
-        return "fp32", (*notes, "fp32 stays the default")
+        return "fp32", (*notes, "fp32 stays the default") if notes else ()
     return best, notes

@@ -73,6 +73,21 @@ def test_config_describes_the_graph(exported: Exported) -> None:
     assert config.output[0].label_filename == "labels.txt"
 
 
+def test_another_version_without_the_default_graph_is_mentioned(
+    exported: Exported, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = tmp_path / "models"
+    shutil.copytree(exported.repository, repository)
+    flags = ("--to", str(repository), "--version", "2", "--precision", "q8", "--tolerance", "100")
+    assert main([str(checkpoint), *flags]) == 0
+    assert "note: version 1 has no model_q8.onnx" in capsys.readouterr().out
+    config = model_config_pb2.ModelConfig()
+    text_format.Parse((repository / "mobilenet" / "config.pbtxt").read_text(), config)
+    assert config.default_model_filename == "model_q8.onnx"
+    assert not (repository / "mobilenet" / "2" / "model.onnx").exists()
+    assert (repository / "mobilenet" / "1" / "model.onnx").exists()
+
+
 def with_info(checkpoint: Path, folder: Path, **changes: Any) -> Path:
     """A copy of a checkpoint that says other things of itself."""
     shutil.copytree(checkpoint, folder)

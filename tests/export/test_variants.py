@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from export.errors import ExportError
+from export.session import CPU
 from export.settings import ExportSettings, GraphOptions
-from export.targets import this_target
+from export.targets import is_here, processor_target, provider, this_target
 from export.variants import choose_default, make_variants
 from export.verify import MetricError
 from train.classification import ACCURACY
@@ -159,3 +160,15 @@ def test_a_graph_without_layers_cannot_be_int8(tmp_path: Path) -> None:
     variants, _ = made(graph, settings(tmp_path))
     assert variants.written == ("fp32",)
     assert "static_int8 can't be applied" in variants.skipped["int8"]
+
+
+def test_an_accelerator_that_runs_is_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.targets.usable_providers", lambda: ("CUDAExecutionProvider", CPU))
+    assert this_target() == "cuda"
+    assert is_here("cuda")
+    assert is_here(processor_target())
+    assert provider("cuda") == "CUDAExecutionProvider"
+    assert provider("x86") == provider("openvino") == CPU
+    monkeypatch.setattr("export.targets.usable_providers", lambda: (CPU,))
+    assert this_target() == processor_target()
+    assert provider("cuda") == CPU
