@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.entry_point.agreement import accuracy, agreement
+from export.entry_point.pixels import parse_scaling
 from export.errors import ExportError
 from export.original import run_module
 from export.session import rows, take
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from export.entry_point.agreement import MetricName
+    from export.entry_point.pixels import Scaling
     from train.family import Metric
 
     Arrays = Mapping[str, np.ndarray]
@@ -43,12 +45,14 @@ class EntryPointOptions:
             takes the example's. "targets", unless an input is called so, has class indices INT [n].
         labels: class names in index order.
         metric: how to judge without targets; None chooses by the output, see `serving_data`.
+        pixels: how the network's images are normalized, to give it an input of pixels; None leaves it alone.
     """
 
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     rows: Arrays | None = None
     labels: tuple[str, ...] = ()
     metric: MetricName | None = None
+    pixels: Scaling | None = None
 
     @classmethod
     def parse(
@@ -58,6 +62,7 @@ class EntryPointOptions:
         data: Path | None = None,
         labels: Path | None = None,
         metric: MetricName | None = None,
+        pixels: str | None = None,
     ) -> EntryPointOptions:
         """Read the flags and the files that they name.
 
@@ -70,6 +75,7 @@ class EntryPointOptions:
             rows=read_rows(data) if data else None,
             labels=read_labels(labels) if labels else (),
             metric=metric,
+            pixels=parse_scaling(pixels) if pixels else None,
         )
 
 

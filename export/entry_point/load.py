@@ -4,7 +4,8 @@
 
 The function takes no arguments and returns `(module, inputs)`: inputs a tensor, a tuple or list of tensors,
 or a dict of them by name, each with at least two rows along axis 0; with 32 or more, half of them calibrate.
-It may return a `train.family.ServingGraph` instead, with data, metric and axes of its own.
+With `--pixels` an input of normalized images becomes one of pixels. The function may return a
+`train.family.ServingGraph` instead, with data, metric and axes of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import nn
 from export.entry_point.data import EntryPointOptions, serving_data
 from export.entry_point.function import call_function, is_path
 from export.entry_point.module import HALF, ServedModule, positional_names, prepare, serve_module
+from export.entry_point.pixels import Normalize, image_input, is_normalized, pixel_input, to_pixels
 from export.errors import ExportError
 from export.explanation import place_of, summary
 from export.settings import NAME
@@ -39,7 +41,6 @@ EXPECTED = (
     "expected (module, inputs): a torch.nn.Module, and a tensor, a tuple or list of tensors, or a dict of "
     "tensors by input name"
 )
-CHANNELS = {1, 3}
 SAME = {"rtol": 1e-3, "atol": 1e-4}
 
 
@@ -89,6 +90,7 @@ def load_entry_point(text: str, options: EntryPointOptions, say: Callable[[str],
             "entry_point": text,
             "entry_point_sha256": hashlib.sha256(file.read_bytes()).hexdigest() if file else None,
             "parameters": sum(parameter.numel() for parameter in graph.module.parameters()),
+            **({"pixels": options.pixels.name} if options.pixels else {}),
         },
     )
 
@@ -118,14 +120,53 @@ def _serving_graph(
         for name, tensor in _by_name(text, module, given).items()
     }
     _check_rows(text, inputs)
+    inputs, options, reading = _from_pixels(inputs, options, say)
     _check_dynamic_axes(inputs, options.dynamic_axes)
-    served = serve_module(module, list(inputs), named=isinstance(given, Mapping)).eval()
+    served = serve_module(module, list(inputs), reading, named=isinstance(given, Mapping)).eval()
     tensors = {name: tensor[:EXAMPLE_ROWS].clone() for name, tensor in inputs.items()}
     outputs = _outputs(text, served, tensors)
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
     data, metric = serving_data(served, arrays, outputs, options)
     axes = {name: {0: "batch", **options.dynamic_axes.get(name, {})} for name in inputs}
-    return ServingGraph("", served, ExampleInputs(tensors, axes, outputs), data, metric, image=_image(arrays))
+    image = pixel_input(arrays)
+    if image:
+        _mention_one_size(image, arrays[image].shape, axes[image], say)
+    return ServingGraph("", served, ExampleInputs(tensors, axes, outputs), data, metric, image)
+
+
+def _from_pixels(
+    inputs: dict[str, torch.Tensor], options: EntryPointOptions, say: Callable[[str], None]
+) -> tuple[dict[str, torch.Tensor], EntryPointOptions, dict[str, nn.Module]]:
+    """The inputs and rows with pixels for images, where that was asked for, and what normalizes them."""
+    scaling = options.pixels
+    if scaling is None:
+        return inputs, options, {}
+    name = image_input(inputs)
+    scaling.check_channels(inputs[name].shape[1])
+    if 3 in options.dynamic_axes.get(name, {}):  # noqa: PLR2004 - the last axis
+        raise ExportError(
+            f"--dynamic {name}:3={options.dynamic_axes[name][3]}: with --pixels the axes of {name!r} are "
+            "[batch, height, width, channels]; name 1 or 2"
+        )
+    rows = options.rows
+    # An example that only shows the shape, beside rows of a file, may hold anything.
+    said = say if rows is None else lambda _: None
+    example = to_pixels(f"the example {name!r}", inputs[name].numpy(), scaling, said)
+    if rows is not None and name in rows and is_normalized(rows[name], inputs[name].shape[1]):
+        rows = {**rows, name: to_pixels(f"--data {name!r}", rows[name], scaling, say)}
+    changed = dataclasses.replace(options, rows=rows)
+    return {**inputs, name: torch.from_numpy(example)}, changed, {name: Normalize(scaling)}
+
+
+def _mention_one_size(
+    name: str, shape: tuple[int, ...], axes: Mapping[int, str], say: Callable[[str], None]
+) -> None:
+    _, height, width, _ = shape
+    if height != width and not {1, 2} & axes.keys():
+        say(
+            f"note: input {name!r} is {height} pixels high and {width} wide; a graph resizes images for "
+            "square inputs only, so clients send this size"
+        )
 
 
 def _described(value: Any) -> str:
@@ -224,13 +265,3 @@ def _answers(text: str, served: ServedModule, tensors: Mapping[str, torch.Tensor
         raise ExportError(
             f"{text}: the module doesn't run on its own example{where}: {summary(error)}"
         ) from error
-
-
-def _image(arrays: Mapping[str, np.ndarray]) -> str | None:
-    """The one input that is UINT8 pixels [n, height, width, channels]."""
-    found = [
-        name
-        for name, array in arrays.items()
-        if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in CHANNELS  # noqa: PLR2004 - axes
-    ]
-    return found[0] if len(found) == 1 else None

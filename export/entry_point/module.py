@@ -27,11 +27,15 @@ class ServedModule(nn.Module):
         module: the network.
         inputs: names of the tensors that `forward` takes.
         by_name: whether they are `forward`'s parameters and passed as such.
+        reading: input name to what its tensor goes through first.
     """
 
-    def __init__(self, module: nn.Module, inputs: Sequence[str], *, by_name: bool) -> None:
+    def __init__(
+        self, module: nn.Module, inputs: Sequence[str], reading: Mapping[str, nn.Module], *, by_name: bool
+    ) -> None:
         super().__init__()
         self.module = module
+        self.reading = nn.ModuleList(reading.get(name, nn.Identity()) for name in inputs)
         self._inputs, self._by_name = tuple(inputs), by_name
 
         def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -45,17 +49,21 @@ class ServedModule(nn.Module):
 
     def named_outputs(self, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """The outputs by name; see `tensors_by_name`."""
+        tensors = tuple(read(tensor) for read, tensor in zip(self.reading, tensors, strict=True))
         if self._by_name:
             return tensors_by_name(self.module(**dict(zip(self._inputs, tensors, strict=True))))
         return tensors_by_name(self.module(*tensors))
 
 
-def serve_module(module: nn.Module, inputs: Sequence[str], *, named: bool) -> ServedModule:
+def serve_module(
+    module: nn.Module, inputs: Sequence[str], reading: Mapping[str, nn.Module], *, named: bool
+) -> ServedModule:
     """Find out how `forward` wants its inputs.
 
     Args:
         module: the network.
         inputs: names of its inputs, in order.
+        reading: input name to what its tensor goes through first.
         named: whether the names were given, not taken from `forward`.
 
     Raises:
@@ -65,12 +73,12 @@ def serve_module(module: nn.Module, inputs: Sequence[str], *, named: bool) -> Se
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     matching = [name for name in inputs if name in parameters]
     if not named or not (matching or takes_any):  # then they are names for the tensors as they come
-        return ServedModule(module, inputs, by_name=False)
+        return ServedModule(module, inputs, reading, by_name=False)
     if len(matching) < len(inputs) and not takes_any:
         strange = ", ".join(repr(name) for name in inputs if name not in parameters)
         takes = ", ".join(parameters)
         raise ExportError(f"inputs {strange}: forward takes {takes}; name the inputs as it does")
-    return ServedModule(module, inputs, by_name=True)
+    return ServedModule(module, inputs, reading, by_name=True)
 
 
 def positional_names(module: nn.Module, count: int) -> list[str]:

@@ -237,15 +237,16 @@ def test_other_floats_become_float32_and_that_is_said(kind: str, name: str, tmp_
     assert notes == [f"note: Net has torch.{name} weights; made float32"]
 
 
-def test_pixels_are_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("channels", "image"), [(1, "photo"), (3, "photo"), (4, None)])
+def test_pixels_are_seen(channels: int, image: str | None, tmp_path: Path) -> None:
     code = f"""{HEAD}
 class Net(nn.Module):
     def forward(self, photo):
         return photo.float().mean((1, 2))
 def make():
-    return Net(), torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
+    return Net(), torch.randint(0, 256, (4, 8, 8, {channels}), dtype=torch.uint8)
 """
-    assert load(tmp_path, code)[0].image == "photo"
+    assert load(tmp_path, code)[0].image == image
 
 
 def test_a_serving_graph_is_taken_as_it_is(tmp_path: Path) -> None:
