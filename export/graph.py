@@ -98,11 +98,19 @@ def _adaptive_avg_pool2d(features: Any, output_size: Sequence[int]) -> Any:
     """Translate global average pooling to the operator of that name, which has an integer kernel.
 
     Left to itself the exporter decomposes it, for channels-last input, into a mean, a computed index and a
-    gather: eleven nodes, none of which onnxruntime runs in int8.
+    gather: eleven nodes, none of which onnxruntime runs in int8. What pools to more than one pixel (AlexNet's
+    does, and VGG's) is an AveragePool, where that divides the input evenly.
     """
-    if any(size != 1 for size in output_size):
-        raise NotImplementedError(f"adaptive_avg_pool2d to {list(output_size)}: only to [1, 1]")
-    return opset20.GlobalAveragePool(features)
+    if all(size == 1 for size in output_size):
+        return opset20.GlobalAveragePool(features)
+    sizes = list(zip(features.shape[2:], output_size, strict=True))
+    if any(not isinstance(size, int) or size % target for size, target in sizes):
+        raise NotImplementedError(
+            f"adaptive_avg_pool2d of {list(features.shape[2:])} to {list(output_size)}: only where that divides "
+            "evenly"
+        )
+    kernel = [size // target for size, target in sizes]
+    return opset20.AveragePool(features, kernel_shape=kernel, strides=kernel)
 
 
 @contextlib.contextmanager

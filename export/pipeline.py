@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from export.errors import ExportError
 from export.model_config import LABELS, Served, config_file, labels_file
 from export.recipes import graph_file
 from export.report import make_report, table
@@ -54,6 +55,11 @@ def export(source: Source, settings: ExportSettings, say: Callable[[str], None])
         ExportError: a network can't be exported, or a gate refuses a graph; nothing is written.
         OSError: the disk refused.
     """
+    if settings.options.encoded_image and not all(graph.image for graph in source.graphs):
+        raise ExportError(
+            f"--encoded-image: {source.name} has no image input; leave the flag out, or let the network take "
+            "UINT8 pixels [batch, height, width, 1 or 3]: --pixels gives it such an input for normalized images"
+        )
     entries = [make_entry(graph, source, settings, say) for graph in source.graphs]
     return [_write(entry, settings, say) for entry in entries]
 
@@ -68,7 +74,7 @@ def make_entry(
     """
     name = (settings.name or source.name) + graph.suffix
     say(f"translate {name} to ONNX")
-    variants = make_variants(graph, source.family, settings, say)
+    variants = make_variants(graph, settings, say)
     report = make_report(name, graph, variants, settings=settings, provenance=source.provenance)
     served, labels = variants.default, graph.data.labels
     config = Served(

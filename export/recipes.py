@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from export.targets import Target
 
 Precision = Literal["fp32", "int8", "int8_dynamic", "q8", "q4", "fp16"]
-Kind = Literal["convolutional", "recurrent", "encoder", "decoder"]
+Kind = Literal["convolutional", "recurrent", "transformer", "decoder"]
 
 PRECISIONS: Mapping[Kind, Mapping[Target, tuple[Precision, ...]]] = {
     # The first is what is served where it can't be measured here which is fastest. fp32 is always there too.
@@ -36,13 +36,15 @@ PRECISIONS: Mapping[Kind, Mapping[Target, tuple[Precision, ...]]] = {
         "cuda": ("fp16",),
         "openvino": (),
     },
-    "encoder": {
+    # BERT, and GPT where it reads a whole text at once.
+    "transformer": {
         "x86-vnni": ("int8",),
         "x86": ("int8",),
         "arm64": ("int8",),
         "cuda": ("fp16", "int8"),
         "openvino": ("int8",),
     },
+    # GPT with a cache, token by token: what counts is how many bytes of weights are read.
     "decoder": {
         "x86-vnni": ("q4", "q8"),
         "x86": ("q4", "q8"),
@@ -50,15 +52,6 @@ PRECISIONS: Mapping[Kind, Mapping[Target, tuple[Precision, ...]]] = {
         "cuda": ("fp16", "q4"),
         "openvino": (),
     },
-}
-
-FAMILIES: Mapping[str, Kind] = {
-    "mobilenet": "convolutional",
-    "resnet": "convolutional",
-    "simplecnn": "convolutional",
-    "lstm": "recurrent",
-    "gpt": "decoder",
-    "bert": "encoder",
 }
 
 POINTS = 0.005
@@ -71,16 +64,14 @@ RELATIVE: Mapping[Precision, float] = {
 RECURRENT = {"LSTM", "GRU", "RNN"}
 
 
-def kind(model: ir.Model, family: str | None) -> Kind:
-    """What a graph is: its family's kind, or of a foreign network what its operators say."""
-    if family is not None:
-        return FAMILIES[family]
+def kind(model: ir.Model) -> Kind:
+    """What a graph is, by its operators."""
     operators = {node.op_type for node in model.graph}
     if operators & RECURRENT:
         return "recurrent"
     if "GroupQueryAttention" in operators:
         return "decoder"
-    return "convolutional" if "Conv" in operators else "encoder"
+    return "convolutional" if "Conv" in operators else "transformer"
 
 
 def tolerance(precision: Precision, *, relative: bool) -> float:

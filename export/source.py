@@ -26,14 +26,12 @@ class Source:
 
     Attributes:
         name: what the entry is called unless the command line says otherwise.
-        family: module of `train` that it comes from; None of a foreign network.
         graphs: one for each entry.
         provenance: for the report, JSON values.
         files: name to content of what lies beside the graphs: "tokenizer.json".
     """
 
     name: str
-    family: str | None
     graphs: tuple[ServingGraph, ...]
     provenance: Mapping[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -74,9 +72,9 @@ def _checkpoint(folder: Path, data_dir: Path | None, say: Callable[[str], None])
         graphs = load_family(info.family).serving_graphs(checkpoint, data_dir)
     except ValueError as error:
         raise ExportError(f"the data set of {folder} can't be had: {error}") from error
-    return Source(info.family, info.family, graphs, {"checkpoint": asdict(info)}, checkpoint.files)
+    return Source(info.family, graphs, {"checkpoint": asdict(info)}, checkpoint.files)
 
 
 def _entry_point(text: str, options: EntryPointOptions, say: Callable[[str], None]) -> Source:
     found = load_entry_point(text, options, say)
-    return Source(found.name, None, (found.graph,), found.provenance)
+    return Source(found.name, (found.graph,), found.provenance)

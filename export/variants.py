@@ -88,16 +88,14 @@ class Variants:
         return self.graphs[self.written[0]]
 
 
-def make_variants(
-    graph: ServingGraph, family: str | None, settings: ExportSettings, say: Callable[[str], None]
-) -> Variants:
+def make_variants(graph: ServingGraph, settings: ExportSettings, say: Callable[[str], None]) -> Variants:
     """Translate a graph, make it in each precision, verify and measure all.
 
     Raises:
         ExportError: it can't be translated, fp32 isn't right, or a precision that was asked for can't be had.
     """
     original = run_original(graph)
-    maker = Maker(graph, family, settings, original, say)
+    maker = Maker(graph, settings, original, say)
     graphs: dict[Precision, Variant] = {"fp32": maker.fp32_variant()}
     skipped: dict[Precision, str] = {}
     wanted = settings.precisions or maker.recipe()
@@ -125,7 +123,6 @@ class Maker:
     def __init__(
         self,
         graph: ServingGraph,
-        family: str | None,
         settings: ExportSettings,
         original: Original,
         say: Callable[[str], None],
@@ -133,7 +130,7 @@ class Maker:
         self._graph, self._settings, self._original, self._say = graph, settings, original, say
         self._changes: dict[str, Any] = {}
         translated = export_graph(graph.module, graph.example)
-        self._kind = recipes.kind(translated, family)
+        self._kind = recipes.kind(translated)
         self._fp32 = apply((FlattenNormalization(),), translated, self._changes)
 
     def recipe(self) -> tuple[Precision, ...]:

@@ -18,7 +18,9 @@ from export.errors import ExportError
 from export.int8.quantizable import rounded_values
 from export.int8.thresholds import THRESHOLDS, Histogram
 from export.passes.bias_products import BiasProducts
+from export.passes.flat_rows import FlatRows
 from export.passes.fold_constants import FoldConstants
+from export.passes.split_products import SplitProducts
 from export.session import Session, rows, take
 
 if TYPE_CHECKING:
@@ -59,7 +61,8 @@ class Ranges:
 def prepare(model: ir.Model) -> ir.Model:
     """Bring a graph into the form that is calibrated and quantized, the same each time.
 
-    Constants and batch norms are folded, products get their bias, shapes are inferred, every node has a name.
+    Constants and batch norms are folded, products get their bias, what stands between them works on matrices
+    too, products that are cut into parts are written as several; shapes are inferred, every node has a name.
 
     Args:
         model: as exported, or anyone else's; changed in place.
@@ -71,7 +74,7 @@ def prepare(model: ir.Model) -> ir.Model:
         ExportError: its shapes contradict each other.
     """
     model = _modernize(model)
-    for step in (FoldConstants(), BiasProducts()):
+    for step in (FoldConstants(), BiasProducts(), FlatRows(), SplitProducts()):
         model = _infer_shapes(model)
         if step.check(model) is None:
             model = step.apply(model).model

@@ -149,16 +149,20 @@ class _Writer:
         if all(isinstance(size, int) for size in leading[1:]):
             return self._constant(-1, *(int(str(size)) for size in leading[1:]), outer)
         sizes = tuple(size if isinstance(size, int) else size.value for size in leading)
-        key: Hashable = (sizes, outer) if None not in sizes else (rows, outer)
+        key: Hashable = sizes if None not in sizes else rows
         if key not in self._shapes:
+            name = f"{rows.name}.leading"
+            part = ir.node("Shape", [rows], {"start": 0, "end": -1}, name=name)
+            part.outputs[0].name = f"{name}.value"
+            self._graph.insert_before(before, part)
+            self._shapes[key] = part.outputs[0]
+        if (key, outer) not in self._shapes:
             name = f"{rows.name}.to_{outer}"
-            part = ir.node("Shape", [rows], {"start": 0, "end": -1}, name=f"{name}.leading")
-            part.outputs[0].name = f"{name}.leading.value"
-            whole = [part.outputs[0], self._constant(outer)]
+            whole = [self._shapes[key], self._constant(outer)]
             join = ir.node("Concat", whole, {"axis": 0}, name=name, outputs=[ir.val(f"{name}.value")])
-            self._graph.insert_before(before, [part, join])
-            self._shapes[key] = join.outputs[0]
-        return self._shapes[key]
+            self._graph.insert_before(before, join)
+            self._shapes[key, outer] = join.outputs[0]
+        return self._shapes[key, outer]
 
     def _constant(self, *sizes: int) -> ir.Value:
         if sizes not in self._constants:

@@ -65,7 +65,7 @@ class Unknown(nn.Module):
         (Frozen(), example(2, 6), "batch"),
         (FrozenBySum(), example(2, 6), "'y': axis 0 should be dynamic ('batch') but the exporter made it"),
         (Unknown(), example(2, 3, 3), "linalg_eigh"),
-        (nn.AdaptiveAvgPool2d(2), example(2, 3, 8, 8), "only to [1, 1]"),
+        (nn.AdaptiveAvgPool2d(3), example(2, 3, 8, 8), "only where that divides"),
     ],
 )
 def test_what_cannot_be_translated_is_refused(
@@ -98,3 +98,23 @@ def test_flattened_normalization_gives_the_same_numbers() -> None:
 
 def test_flattening_has_a_reason_not_to_apply(network: Network) -> None:
     assert "per-channel" in str(FlattenNormalization().check(network.graph))  # gray images
+
+
+class Pooled(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled: torch.Tensor = self.pool(x)
+        return pooled
+
+
+@pytest.mark.parametrize(("pixels", "size"), [(14, 7), (7, 7), (12, 4)])
+def test_pooling_to_several_pixels_is_one_operator(pixels: int, size: int) -> None:
+    x = torch.rand(2, 3, pixels, pixels)
+    example = ExampleInputs({"x": x}, {"x": {0: "batch"}}, ("y",))
+    graph = export_graph(Pooled(size).eval(), example)
+    assert [node.op_type for node in graph.graph] == ["AveragePool"]
+    found = Session(serialize(graph)).run({"x": x.numpy()})["y"]
+    assert found == pytest.approx(Pooled(size)(x).numpy(), abs=1e-6)

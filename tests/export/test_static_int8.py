@@ -175,10 +175,11 @@ def test_a_transformers_products_are_integers_and_the_rest_is_float(
     transformer: Prepared, tmp_path: Path
 ) -> None:
     fused = fused_operators(transformer.int8("x86-vnni"), tmp_path / "fused.onnx")
-    # Four products a layer and the classifier; what multiplies two activations stays float.
-    assert fused["QGemm"] == 4 * 2 + 1
+    # Six products a layer and the classifier; what multiplies two activations stays float.
+    assert fused["QGemm"] == 6 * 2 + 1
     assert fused["MatMul"] + fused["FusedMatMul"] == 2 * 2
-    # Each product's input is rounded; the one look-up is made float after it, not the whole table.
+    # Each product's input is rounded, that of queries, keys and values once; the one look-up is made float
+    # after it, not the whole table.
     assert (fused["QuantizeLinear"], fused["DequantizeLinear"]) == (4 * 2 + 1, 1)
     assert fused["LayerNormalization"] == 2 * 2 + 1
     assert not {"QLinearAdd", "QLinearSoftmax", "SkipLayerNormalization", "Gemm"}.intersection(fused)
@@ -243,7 +244,7 @@ def test_ranges_serve_any_number_of_quantizations(transformer: Prepared, tmp_pat
 
 def test_biases_become_part_of_their_products(transformer: Prepared) -> None:
     operators = Counter(node.op_type for node in transformer.model.graph)
-    assert operators["Gemm"] == 4 * 2 + 1
+    assert operators["Gemm"] == 6 * 2 + 1
     assert operators["MatMul"] == 2 * 2
     assert "is followed by a bias" in str(BiasProducts().check(transformer.model))
     assert "needs opset 15" in str(BiasProducts().check(ir.Model(empty(14), ir_version=10)))

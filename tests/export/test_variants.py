@@ -70,7 +70,7 @@ def settings(tmp_path: Path, **changes: object) -> ExportSettings:
 
 def made(graph: ServingGraph, asked: ExportSettings) -> tuple[Variants, list[str]]:
     said: list[str] = []
-    return make_variants(graph, None, asked, said.append), said
+    return make_variants(graph, asked, said.append), said
 
 
 def test_a_layer_that_int8_spoils_stays_float_and_it_is_said(tmp_path: Path) -> None:
