@@ -106,8 +106,8 @@ def _adaptive_avg_pool2d(features: Any, output_size: Sequence[int]) -> Any:
     sizes = list(zip(features.shape[2:], output_size, strict=True))
     if any(not isinstance(size, int) or size % target for size, target in sizes):
         raise NotImplementedError(
-            f"adaptive_avg_pool2d of {list(features.shape[2:])} to {list(output_size)}: only where that divides "
-            "evenly"
+            f"adaptive_avg_pool2d of {list(features.shape[2:])} to {list(output_size)}: "
+            "only where that divides evenly"
         )
     kernel = [size // target for size, target in sizes]
     return opset20.AveragePool(features, kernel_shape=kernel, strides=kernel)

@@ -57,8 +57,8 @@ def export(source: Source, settings: ExportSettings, say: Callable[[str], None])
     """
     if settings.options.encoded_image and not all(graph.image for graph in source.graphs):
         raise ExportError(
-            f"--encoded-image: {source.name} has no image input; leave the flag out, or let the network take "
-            "UINT8 pixels [batch, height, width, 1 or 3]: --pixels gives it such an input for normalized images"
+            f"--encoded-image: {source.name} has no image input; leave the flag out, or let the network "
+            "take UINT8 pixels [batch, height, width, 1 or 3], as --pixels makes it"
         )
     entries = [make_entry(graph, source, settings, say) for graph in source.graphs]
     return [_write(entry, settings, say) for entry in entries]

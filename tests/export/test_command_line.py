@@ -88,6 +88,16 @@ def test_another_version_without_the_default_graph_is_mentioned(
     assert (repository / "mobilenet" / "1" / "model.onnx").exists()
 
 
+def test_an_encoded_image_needs_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\ndef make(): return torch.nn.Linear(3, 2).eval(), torch.rand(4, 3)\n"
+    )
+    flags = ("--to", str(tmp_path / "models"), "--encoded-image")
+    assert main([f"{tmp_path / 'net.py'}:make", *flags]) == 1
+    assert "--encoded-image: net has no image input" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
 def with_info(checkpoint: Path, folder: Path, **changes: Any) -> Path:
     """A copy of a checkpoint that says other things of itself."""
     shutil.copytree(checkpoint, folder)
