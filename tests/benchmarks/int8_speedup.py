@@ -79,6 +79,7 @@ def main() -> None:
         image_case("MobileNetV3-small", mobilenet, {"version": "v3-small"}),
         image_case("ResNet-18", resnet, {"depth": "18"}),
         text_case("BERT mini", MINI),
+        text_case("BERT base", {**MINI, "layers": 12, "heads": 12, "width": 768}),
     ):
         report(case, target)
 
