@@ -14,6 +14,7 @@ from serve.codec import decode_tensor, encode_tensor
 from serve.datatypes import DATATYPES
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from serve.pixels import in_8_bits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +32,8 @@ _SCALINGS: dict[str, tuple[Any, Any]] = {
 _CHANNELS = {1: "L", 3: "RGB"}
 # Outputs of a model that sorts its classes itself: scores in falling order, and the classes' indices.
 _BEST = ("scores", "classes")
+_FLOATS = ("FP16", "FP32", "FP64")
+_FLAT = 2  # axes of [batch, classes]
 _IMAGE_RANK = 3
 
 
@@ -99,16 +102,40 @@ def classify_image(stub: Any, options: argparse.Namespace) -> list[bytes]:
     request = pb.ModelInferRequest(model_name=options.model, model_version=options.version)
     request.inputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
     request.raw_input_contents.append(bytes(encode_tensor(DATATYPES[spec.datatype], array)))
-    if {*_BEST} <= {tensor.name for tensor in metadata.outputs}:
-        for name in _BEST:
-            request.outputs.add(name=name)
+    name = _classified_output(stub, options, metadata.outputs)
+    if name is None:
+        for best_name in _BEST:
+            request.outputs.add(name=best_name)
         scores, classes = _outputs(stub.ModelInfer(request, timeout=options.timeout))
         best = zip(scores.flat, classes.flat, strict=True)
         return [f"{score}:{index}".encode() for score, index in best][: options.top]
-    output = request.outputs.add(name=metadata.outputs[0].name)
+    output = request.outputs.add(name=name)
     output.parameters["classification"].int64_param = options.top
     (best_texts,) = _outputs(stub.ModelInfer(request, timeout=options.timeout))
     return list(best_texts.flat)
+
+
+def _classified_output(stub: Any, options: argparse.Namespace, outputs: Any) -> str | None:
+    """The output that the classification extension sorts: the one with labels, else the first [classes].
+
+    Returns:
+        Its name; None where there are only classes that the model has sorted itself.
+    """
+    sorted_itself = {*_BEST} <= {tensor.name for tensor in outputs}
+    others = [tensor for tensor in outputs if not (sorted_itself and tensor.name in _BEST)]
+    if len(outputs) == 1 or not others:
+        return None if sorted_itself else str(outputs[0].name)
+    try:
+        request = pb.ModelConfigRequest(name=options.model, version=options.version)
+        stated = stub.ModelConfig(request, timeout=options.timeout).config.output
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.UNIMPLEMENTED:  # an extension of the protocol
+            raise
+        stated = ()
+    labelled = {output.name for output in stated if output.label_filename}
+    found = [tensor.name for tensor in others if tensor.name in labelled]
+    found += [tensor.name for tensor in others if tensor.datatype in _FLOATS and len(tensor.shape) <= _FLAT]
+    return str(found[0]) if found else None if sorted_itself else str(outputs[0].name)
 
 
 def _outputs(response: Any) -> list[np.ndarray]:
@@ -172,7 +199,7 @@ def _read_pixels(path: Path, mode: str, height: int, width: int) -> np.ndarray:
         raise InferError("Pillow is not installed: pip install 'onnxedge[images]'") from error
     try:
         with Image.open(path) as opened:
-            image = opened.convert(mode)
+            image = in_8_bits(opened).convert(mode)
     except UnidentifiedImageError as error:
         raise InferError(f"{path} is not an image that Pillow reads") from error
     except OSError as error:  # of a truncated file, Pillow's message does not name it

@@ -15,7 +15,6 @@ Triton, to which the parameter says nothing, refuses to load such a model: its g
 from __future__ import annotations
 
 import io
-import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +23,8 @@ import numpy as np
 
 from serve.errors import InvalidArgumentError, ModelLoadError
 from serve.pb import model_config_pb2 as pb
+from serve.pixels import in_8_bits
+from serve.providers import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +44,7 @@ _IMAGE_RANK = 4
 
 # An image of 25 megapixels takes 100 MB while it is decoded, turned or converted 200: no more of them at once
 # than there are cores.
-_DECODERS = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
+_DECODERS = threading.BoundedSemaphore(usable_cores())
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,8 @@ class EncodedImage:
                 raise ValueError(f"{size}: the limit is {self.max_pixels} (--max-image-pixels)")
             ImageOps.exif_transpose(image, in_place=True)
             mode = _MODES[self.channels]
-            upright: Image.Image = image if image.mode == mode else image.convert(mode)
+            upright = in_8_bits(image)
+            upright = upright if upright.mode == mode else upright.convert(mode)
             if self.size:
                 height, width = self.size
                 upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)

@@ -131,10 +131,17 @@ def image_server(
     write_channel_means(root / "chw", ["n", 3, 4, 4], TensorProto.FLOAT, [2, 3])
     write_channel_means(root / "hwc", ["n", "h", "w", 3], TensorProto.UINT8, [1, 2])
     write_channel_means(root / "vector", ["n", 7, 7], TensorProto.FLOAT, [1])
+    write_channel_means(root / "best", ["n", "h", "w", 3], TensorProto.UINT8, [1, 2], best=2)
+    (root / "best" / "labels.txt").write_text("red\ngreen\nblue\n")
+    (root / "best" / "config.pbtxt").write_text(
+        'output { name: "logits" data_type: TYPE_FP32 dims: [ -1, 3 ] label_filename: "labels.txt" }'
+    )
     return serve("--model-repository", root)
 
 
-def write_channel_means(folder: Path, shape: list[int | str], onnx_type: int, axes: list[int]) -> None:
+def write_channel_means(
+    folder: Path, shape: list[int | str], onnx_type: int, axes: list[int], best: int = 0
+) -> None:
     nodes = [
         helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["float"], ["scores"], axes=axes, keepdims=0),
@@ -144,6 +151,12 @@ def write_channel_means(folder: Path, shape: list[int | str], onnx_type: int, ax
         [helper.make_tensor_value_info("image", onnx_type, shape)],
         [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", 3 if len(shape) == 4 else 7])],
     )  # fmt: skip
+    if best:
+        graph.initializer.append(helper.make_tensor("k", TensorProto.INT64, [1], [best]))
+        graph.node[1].output[0] = graph.output[0].name = "logits"
+        graph.node.append(helper.make_node("TopK", ["logits", "k"], ["scores", "classes"]))
+        graph.output.insert(0, helper.make_tensor_value_info("classes", TensorProto.INT64, ["n", best]))
+        graph.output.insert(0, helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", best]))
     (folder / "1").mkdir(parents=True)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.save(model, folder / "1" / "model.onnx")
@@ -159,6 +172,19 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_infer_prints_the_top_classes(image_server: RunningServer, picture: Path) -> None:
     done = onnxedge("infer", "hwc", "--image", picture, "--url", image_server.url, "--top", "2")
     assert done.stdout == "  204.0000  1\n  102.0000  2\n"
+
+
+def test_infer_sorts_all_classes_and_names_them_where_the_model_keeps_its_logits(
+    image_server: RunningServer, picture: Path
+) -> None:
+    done = onnxedge("infer", "best", "--image", picture, "--url", image_server.url, "--top", "3")
+    assert done.stdout == "  204.0000  green\n  102.0000  blue\n   51.0000  red\n"
+
+
+def test_infer_reads_sixteen_bits(image_server: RunningServer, tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 6), 51 * 257, np.uint16)).save(tmp_path / "deep.png")
+    done = onnxedge("infer", "hwc", "--image", tmp_path / "deep.png", "--url", image_server.url, "--top", "1")
+    assert done.stdout == "   51.0000  0\n"
 
 
 @pytest.mark.parametrize(("scaling", "first"), [("none", "204.0"), ("unit", "0.8"), ("inception", "0.6")])

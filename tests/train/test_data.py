@@ -289,6 +289,16 @@ def test_an_image_folder_is_read_by_its_splits(tmp_path: Path, held_out: str) ->
     assert data.test_images[0, 4, 4].tolist() == [0, 200, 0]
 
 
+def test_grey_levels_of_sixteen_bits_become_eight(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        for index in range(2):
+            levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 4 * 257
+            Image.fromarray(levels).save(tmp_path / name / f"{index}.png")
+    image = load_images(tmp_path).train_images[0]
+    assert np.array_equal(image, np.repeat(np.arange(0, 256, 4).reshape(8, 8, 1), 3, axis=2))
+
+
 def test_the_test_folder_comes_before_val(tmp_path: Path) -> None:
     for split, red in (("train", 1), ("val", 2), ("test", 3)):
         for label in ("a", "b"):

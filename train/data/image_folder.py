@@ -113,8 +113,15 @@ def _read_image(path: Path, size: int) -> np.ndarray:
     """UINT8 [size, size, 3]."""
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = _in_8_bits(ImageOps.exif_transpose(image)).convert("RGB")
             cropped = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: can't be read as an image: {error}; repair or remove it") from error
     return np.asarray(cropped)
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits, scaled as the server does: Pillow's conversion would clip them to white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
