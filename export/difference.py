@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -30,37 +33,53 @@ class OutputDifference:
 
 
 def output_difference(found: np.ndarray, original: np.ndarray) -> OutputDifference:
-    """Compare two arrays of one shape. Infinities and NaN equal their like, and are else infinitely off."""
-    numeric = all(array.dtype.kind in "iuf" for array in (found, original))
-    same = (found == original) if not numeric else _same(found, original)
-    equal = float(np.mean(same)) if found.size else 1.0
-    if not numeric or not found.size:
+    """Compare two arrays of one shape. Infinities and NaN equal themselves, and are else infinitely off."""
+    if any(array.dtype.kind not in "iuf" for array in (found, original)) or not found.size:
+        equal = float(np.mean(found == original)) if found.size else 1.0
         return OutputDifference(equal=equal, relative=1.0 - equal)
-    first, second = found.astype(np.float64), original.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        off = np.where(same, 0.0, np.abs(first - second))
-    off[np.isnan(off)] = np.inf
-    finite = np.isfinite(first) & np.isfinite(second)
-    largest = float(np.abs(second[finite]).max(initial=0.0))
+    sums = _Sums()
+    first, second = found.reshape(-1), original.reshape(-1)
+    for start in range(
+        0, found.size, CHUNK
+    ):  # the logits of a language model would fill the memory as floats
+        sums.add(first[start : start + CHUNK], second[start : start + CHUNK])
+    norms = math.sqrt(sums.squares[0]) * math.sqrt(sums.squares[1])
     return OutputDifference(
-        equal=equal,
-        relative=float(off.max()) / max(largest, float(np.finfo(np.float32).tiny)),
-        max_abs=float(off.max()),
-        mean_abs=float(off.mean()),
-        cosine=_cosine(first[finite], second[finite]),
+        equal=sums.equal / found.size,
+        relative=sums.largest_off / max(sums.largest, float(np.finfo(np.float32).tiny)),
+        max_abs=sums.largest_off,
+        mean_abs=sums.off / found.size,
+        cosine=sums.product / norms if norms else None,
         top1=_top1(found, original),
     )
 
 
-def _same(found: np.ndarray, original: np.ndarray) -> np.ndarray:
-    neither = (found != found) & (original != original)  # noqa: PLR0124 - NaN
-    same: np.ndarray = (found == original) | neither
-    return same
+class _Sums:
+    """What a difference is made of, added up."""
 
+    def __init__(self) -> None:
+        self.equal = 0
+        self.off = self.largest_off = self.largest = self.product = 0.0
+        self.squares = (0.0, 0.0)
 
-def _cosine(first: np.ndarray, second: np.ndarray) -> float | None:
-    norms = float(np.linalg.norm(first) * np.linalg.norm(second))
-    return float(np.dot(first, second)) / norms if norms else None
+    def add(self, found: np.ndarray, original: np.ndarray) -> None:
+        """Take in two vectors."""
+        same = (found == original) | ((found != found) & (original != original))  # noqa: PLR0124 - NaN
+        first, second = found.astype(np.float64), original.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            off = np.where(same, 0.0, np.abs(first - second))
+        off[np.isnan(off)] = np.inf
+        finite = np.isfinite(first) & np.isfinite(second)
+        first, second = first[finite], second[finite]
+        self.equal += int(same.sum())
+        self.off += float(off.sum())
+        self.largest_off = max(self.largest_off, float(off.max()))
+        self.largest = max(self.largest, float(np.abs(second).max(initial=0.0)))
+        self.product += float(np.dot(first, second))
+        self.squares = (
+            self.squares[0] + float(np.dot(first, first)),
+            self.squares[1] + float(np.dot(second, second)),
+        )
 
 
 def _top1(found: np.ndarray, original: np.ndarray) -> float | None:

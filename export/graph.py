@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from train.family import ExampleInputs
 
+LARGEST = (2 << 30) - 1
+"""Bytes of a graph's file: protobuf's limit."""
+
 OPSET = 20
 """Of the default domain: read by onnxruntime from 1.17 on, which is older than what 32-bit boards have."""
 
@@ -76,8 +79,14 @@ def check_graph(model: ir.Model) -> None:
     """Run the ONNX checker with shape inference.
 
     Raises:
-        ExportError: the graph breaks the ONNX specification.
+        ExportError: the graph breaks the ONNX specification, or its weights are more than a file can hold.
     """
+    weights = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    if (size := sum(weight.nbytes for weight in weights if weight is not None)) > LARGEST:
+        raise ExportError(
+            f"the graph has {size / 1e9:.1f} GB of weights, and an .onnx file {LARGEST / 1e9:.1f} GB at "
+            "most (protobuf's limit); weights in a file of their own aren't supported: export a smaller one"
+        )
     try:
         onnx.checker.check_model(ir.to_proto(model), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 
 
-def run_isolated(module: str, arguments: Sequence[str], seconds: float) -> str:
+def run_isolated(module: str, arguments: Sequence[str], seconds: float, inherited: Sequence[int] = ()) -> str:
     """Run a module of this package as a program.
 
     Args:
         module: its name, such as "export.memory".
         arguments: its command line.
         seconds: of wall clock that it may take.
+        inherited: descriptors of open files that it gets, by the same numbers.
 
     Returns:
         What it wrote to standard output.
@@ -45,6 +46,7 @@ def run_isolated(module: str, arguments: Sequence[str], seconds: float) -> str:
             text=True,
             errors="replace",
             timeout=seconds,
+            pass_fds=inherited,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
     except subprocess.TimeoutExpired:

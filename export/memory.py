@@ -6,9 +6,8 @@ import argparse
 import ctypes
 import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -24,6 +23,14 @@ RUNS = 5
 
 
 def resident_bytes(graph: bytes | Path, rows: Mapping[str, np.ndarray]) -> int | None:
+    """As `grown_bytes`; None also where the measurement fails or takes minutes: it is only a figure."""
+    try:
+        return grown_bytes(graph, rows)
+    except (ExportError, OSError, ValueError):
+        return None
+
+
+def grown_bytes(graph: bytes | Path, rows: Mapping[str, np.ndarray]) -> int | None:
     """By how much a process grows that loads the graph and runs it, one thread, on the CPU's provider.
 
     The difference of the resident set between "onnxruntime is imported" and "the graph has run five times",
@@ -43,16 +50,22 @@ def resident_bytes(graph: bytes | Path, rows: Mapping[str, np.ndarray]) -> int |
     """
     if sys.platform != "linux":
         return None
-    with tempfile.TemporaryDirectory() as scratch:
-        arrays = Path(scratch) / "rows.npz"
+    with _file_in_memory("rows") as arrays, _file_in_memory("graph") as content:
         # Python strings would need pickle; numpy's own are read without.
         np.savez(arrays, allow_pickle=False, **{f"input.{name}": _storable(a) for name, a in rows.items()})
         if isinstance(graph, bytes):
-            path = Path(scratch) / "model.onnx"
-            path.write_bytes(graph)
-        else:
-            path = graph
-        return int(run_isolated("export.memory", (str(path), str(arrays)), SECONDS))
+            content.write(graph)
+        arrays.flush()
+        content.flush()
+        path = f"/proc/self/fd/{content.fileno()}" if isinstance(graph, bytes) else str(graph)
+        paths = (path, f"/proc/self/fd/{arrays.fileno()}")
+        inherited = (content.fileno(), arrays.fileno())
+        return int(run_isolated("export.memory", paths, SECONDS, inherited))
+
+
+def _file_in_memory(name: str) -> BinaryIO:
+    """A file without a place on the disk: however this process ends, nothing stays behind."""
+    return os.fdopen(os.memfd_create(name), "w+b")
 
 
 def _storable(array: np.ndarray) -> np.ndarray:

@@ -16,8 +16,14 @@ from serve.pb import model_config_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 LABELS = "labels.txt"
+ENCODED_IMAGE = "encoded_image"
+WRITTEN = (
+    "name", "backend", "platform", "default_model_filename", "max_batch_size", "input", "output",
+)  # fmt: skip
+"""The fields of a config that an export decides."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,45 @@ def model_config(name: str, model: ir.Model, served: Served) -> model_config_pb2
     return config
 
 
-def config_file(name: str, model: ir.Model, served: Served) -> bytes:
-    """The config as text protobuf, the same bytes for the same graph."""
-    return text_format.MessageToString(
-        model_config(name, model, served), use_short_repeated_primitives=True
-    ).encode()
+def config_file(name: str, model: ir.Model, served: Served, before: model_config_pb2.ModelConfig) -> bytes:
+    """The config as text protobuf, the same bytes for the same graph.
+
+    Args:
+        name: the entry's.
+        model: the graph.
+        served: what the graph doesn't say.
+        before: the entry's config up to now; fields that no export writes are the user's, and stay.
+    """
+    config = model_config_pb2.ModelConfig()
+    config.CopyFrom(before)
+    for field in WRITTEN:
+        config.ClearField(field)
+    config.parameters.pop(ENCODED_IMAGE, None)
+    config.MergeFrom(model_config(name, model, served))
+    return text_format.MessageToString(config, use_short_repeated_primitives=True).encode()
+
+
+def read_config(path: Path) -> model_config_pb2.ModelConfig:
+    """An entry's config; empty where there is none yet.
+
+    Raises:
+        ExportError: it is no ModelConfig.
+    """
+    config = model_config_pb2.ModelConfig()
+    if path.exists():
+        try:
+            text_format.Parse(path.read_text(encoding="utf-8"), config)
+        except (text_format.ParseError, UnicodeDecodeError) as error:
+            raise ExportError(f"{path}: not a ModelConfig ({error}); repair or remove it") from error
+    return config
+
+
+def tensors(
+    config: model_config_pb2.ModelConfig,
+) -> list[tuple[str, model_config_pb2.DataType, tuple[int, ...]]]:
+    """Name, type and axes of all inputs and outputs: what a client depends on."""
+    inputs = [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in config.input]
+    return inputs + [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in config.output]
 
 
 def labels_file(labels: Sequence[str]) -> bytes:
@@ -105,4 +145,4 @@ def _set_encoded_image(config: model_config_pb2.ModelConfig, name: str) -> None:
     image.data_type = model_config_pb2.TYPE_STRING
     image.ClearField("dims")
     image.dims.extend([*batch, 1])
-    config.parameters["encoded_image"].string_value = name
+    config.parameters[ENCODED_IMAGE].string_value = name

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from google.protobuf import text_format
 
 from export.errors import ExportError
-from export.model_config import LABELS, Served, config_file, labels_file
+from export.model_config import LABELS, Served, config_file, labels_file, read_config, tensors
 from export.recipes import graph_file
 from export.report import make_report, table
 from export.repository import Entry, golden, write_entry
 from export.session import take
 from export.variants import make_variants
+from serve.pb import model_config_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from export.settings import ExportSettings
@@ -77,17 +79,23 @@ def make_entry(
     variants = make_variants(graph, settings, say)
     report = make_report(name, graph, variants, settings=settings, provenance=source.provenance)
     served, labels = variants.default, graph.data.labels
-    config = Served(
-        default=graph_file(served.precision),
-        max_batch_size=0 if served.mixes_rows or _fixed_batch(served) else settings.max_batch_size,
-        labels=labels,
-        encoded_image=graph.image if settings.options.encoded_image else None,
+    before = read_config(settings.repository / name / "config.pbtxt")
+    config = config_file(
+        name,
+        served.model,
+        Served(
+            default=graph_file(served.precision),
+            max_batch_size=0 if served.mixes_rows or _fixed_batch(served) else settings.max_batch_size,
+            labels=labels,
+            encoded_image=graph.image if settings.options.encoded_image else None,
+        ),
+        before,
     )
     return Entry(
         name,
         settings.version,
         entry_files={
-            "config.pbtxt": config_file(name, served.model, config),
+            "config.pbtxt": config,
             **({LABELS: labels_file(labels)} if labels else {}),
         },
         version_files={
@@ -108,21 +116,33 @@ def _fixed_batch(variant: Variant) -> bool:
 def _write(entry: Entry, settings: ExportSettings, say: Callable[[str], None]) -> ExportResult:
     folder = settings.repository / entry.name / str(entry.version)
     say(f"write {folder}")
-    for other in _unservable(folder.parent, entry):
-        say(
-            f"note: version {other} has no {entry.report['file']}, which config.pbtxt now names for all "
-            f"versions: it can't be served any more; export it again with --version {other}, or remove it"
-        )
+    for note in _about_other_versions(folder.parent, entry):
+        say(f"note: {note}")
     replaced = folder.exists()
     return ExportResult(write_entry(settings.repository, entry), entry.report, replaced)
 
 
-def _unservable(folder: Path, entry: Entry) -> list[str]:
-    """Other versions of the entry that lack the graph which is the default now."""
+def _about_other_versions(folder: Path, entry: Entry) -> Iterator[str]:
+    """What config.pbtxt, which all versions share, will no longer say rightly of the others."""
     versions = [
         path for path in folder.glob("*") if path.name.isdecimal() and path.name != str(entry.version)
     ]
-    return sorted(path.name for path in versions if not (path / entry.report["file"]).exists())
+    for path in sorted(versions):
+        if not (path / entry.report["file"]).exists():
+            yield (
+                f"version {path.name} has no {entry.report['file']}, which config.pbtxt now names for all "
+                f"versions: it can't be served; export it again with --version {path.name}, or remove it"
+            )
+    config = model_config_pb2.ModelConfig()
+    text_format.Parse(entry.entry_files["config.pbtxt"], config)
+    before = read_config(folder / "config.pbtxt")
+    if versions and tensors(before) != tensors(config):
+        yield (
+            f"version {entry.version} has other inputs or outputs than config.pbtxt described up to now: "
+            f"version {', '.join(sorted(path.name for path in versions))} can't be served beside it"
+        )
+    if (folder / LABELS).exists() and LABELS not in entry.entry_files:
+        yield f"the entry had a {LABELS}, this export has none: name it with --labels to keep it"
 
 
 def _golden(data: ServingData, variants: Variants) -> bytes:

@@ -1,8 +1,8 @@
 """Ways to make a graph of each precision, in the order in which they are tried.
 
 One way is enough for all but static int8. There, where the metric falls too far, the layers that suffer most
-stay float, first one in twenty, then one in ten, then one in four; then the activations' ranges are found by
-another method; what is left is fp32.
+stay float, first one in twenty, then one in ten, one in four, half of them; then the activations' ranges are
+found by another method; what is left is fp32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from export.recipes import Precision
     from export.targets import Target
 
-EXCLUDED = (0.05, 0.1, 0.25)
+EXCLUDED = (0.05, 0.1, 0.25, 0.5)
 SENSITIVITY_ROWS = 32
 BITS: Mapping[Precision, Literal[4, 8]] = {"q8": 8, "q4": 4}
 
@@ -119,8 +119,11 @@ def _static_attempts(
     yield _attempt(f"{method} calibration", prepared.clone(), StaticInt8(ranges, scheme), CleanUp())
     say("find the layers that suffer most from int8")
     errors = layer_errors(prepared, ranges, scheme, take(calibration, 0, SENSITIVITY_ROWS))
-    for share in EXCLUDED:
-        worst = errors[: max(1, round(share * len(errors)))]
+    counts = sorted({max(1, round(share * len(errors))) for share in EXCLUDED})
+    for count in counts:
+        if count == len(errors):  # that would be fp32
+            break
+        worst = errors[:count]
         named = ", ".join(f"{error.node} ({error.sqnr_db:.0f} dB)" for error in worst)
         how = f"{method} calibration, {len(worst)} of {len(errors)} layers float: {named}"
         say(f"leave the worst {len(worst)} of {len(errors)} layers float")

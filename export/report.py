@@ -10,10 +10,10 @@ import onnx
 import onnxruntime
 
 from export.latency import processor
+from export.metric_gate import figure, is_percentage
 from export.recipes import graph_file
 from export.session import CPU, INTRA_OP_THREADS
 from export.targets import provider
-from export.verify import figure, is_percentage
 from train.checkpoint import current_versions
 
 if TYPE_CHECKING:
@@ -57,6 +57,13 @@ def make_report(
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
             "numpy": np.__version__,
+        },
+        "options": {
+            "precisions": list(settings.precisions),
+            "tolerance": settings.tolerance,
+            "calibration": settings.method,
+            "max_batch_size": settings.max_batch_size,
+            **asdict(settings.options),
         },
         "metric": {
             "name": metric.name,
@@ -102,17 +109,22 @@ def table(report: Report) -> str:
     where = f"{report['threads']} thread of {processor['model']} (dot products: {processor['dot_products']})"
     if report["provider"] != CPU:
         where = report["provider"]
+    torch = figure(metric["torch"], percentage=metric["percentage"])
+    judged = f"{metric['name']} on {metric['rows']} held-out rows (PyTorch: {torch}); latency on {where}."
     lines = [
-        f"### {report['name']}",
+        f"### {report['name']}, for {report['target']}",
         "",
         f"| graph | {metric['name']} | size | {batches} | memory |",
         f"|---|---|---|{'---|' * len(fp32['latency_ms'])}---|",
         *(_row(report, name, variant) for name, variant in report["variants"].items()),
         "",
-        f"{metric['name']} on {metric['rows']} held-out rows; latency on {where}.",
+        judged,
     ]
     mixed = [name for name, variant in report["variants"].items() if not variant["rows_independent"]]
     notes = [
+        f"{name}: {variant['made_by']}" for name, variant in report["variants"].items() if variant["made_by"]
+    ]
+    notes += [
         f"{name}: a row's answer depends a little on the others of its request, so a server does not batch "
         "requests (max_batch_size 0)"
         for name in mixed

@@ -73,8 +73,9 @@ def _add_precision_flags(parser: argparse.ArgumentParser) -> None:
         "--precision",
         metavar="A[,B]",
         default="",
-        help=f"write these, the default first, of {', '.join(get_args(Precision))} (default: fp32 and what "
-        "pays for the network and the target; the fastest is the default)",
+        help=f"write exactly these, the default first, or nothing if one of them can't be had: of "
+        f"{', '.join(get_args(Precision))} (default: fp32 and what pays for the network and the target, as "
+        "far as it is good enough; the fastest is the default)",
     )
     group.add_argument(
         "--tolerance",

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.entry_point.function import forgotten_function
 from export.entry_point.load import EntryPointOptions, is_entry_point, load_entry_point
 from export.errors import ExportError
 from train.checkpoint import CheckpointError, load_checkpoint
@@ -49,11 +50,22 @@ def load_source(
         say: called with each step's description.
 
     Raises:
-        ExportError: it can't be had, or its data set can't be read.
+        ExportError: it can't be had, or its data set can't be read, or a flag is of the other kind of source.
     """
     if is_entry_point(text):
+        if data_dir is not None:
+            raise ExportError(
+                f"--data-dir {data_dir}: is of a checkpoint; {text} returns rows, or takes --data ROWS.npz"
+            )
         say(f"call {text}")
         return _entry_point(text, options, say)
+    if not Path(text).is_dir() and (message := forgotten_function(text)):
+        raise ExportError(message)
+    if flags := options.flags():
+        raise ExportError(
+            f"{', '.join(flags)}: of module:function only; {text} is a checkpoint, whose family has data, "
+            "labels and axes: drop the flag"
+        )
     try:
         return _checkpoint(Path(text), data_dir, say)
     except (CheckpointError, DataError) as error:

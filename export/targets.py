@@ -33,14 +33,14 @@ def this_target() -> Target:
     Raises:
         ExportError: the processor is no known one.
     """
-    return next((target for target in ACCELERATORS if is_here(target)), processor_target())
+    return next((target for target in ACCELERATORS if is_here(target)), None) or processor_target()
 
 
 def is_here(target: Target) -> bool:
     """Whether this machine can show how fast a graph is on the target."""
     if target in ACCELERATORS:
         return ACCELERATORS[target] in usable_providers()
-    return target == processor_target()
+    return target == _processor()
 
 
 def processor_target() -> Target:
@@ -49,14 +49,21 @@ def processor_target() -> Target:
     Raises:
         ExportError: it is none.
     """
+    if target := _processor():
+        return target
+    raise ExportError(
+        f"processor {platform.machine().lower()!r} is no known target; name one with --target "
+        f"{'|'.join(get_args(Target))}"
+    )
+
+
+def _processor() -> Target | None:
     machine = platform.machine().lower()
     if machine in ARM64:
         return "arm64"
     if machine in X86:
         return "x86-vnni" if VNNI.intersection(_processor_flags()) else "x86"
-    raise ExportError(
-        f"processor {machine!r} is no known target; name one with --target {'|'.join(get_args(Target))}"
-    )
+    return None
 
 
 def provider(target: Target) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from export import recipes
-from export.errors import ExportError
+from export.errors import ExportError, GateError
 from export.graph import check_graph, export_graph, serialize
-from export.latency import measure
+from export.latency import BATCHES, measure
 from export.memory import resident_bytes
+from export.metric_gate import MetricError, check_score
 from export.original import run_original
 from export.passes.any_size_pixels import AnySizePixels
 from export.passes.fix_shapes import FixShapes
@@ -17,8 +19,8 @@ from export.passes.flatten_normalization import FlattenNormalization
 from export.passes.top_k import TopK
 from export.quantization import Attempt, NotApplicableError, apply, attempts
 from export.session import CPU, Session, cycle, usable_providers
-from export.targets import ACCELERATORS, is_here, provider
-from export.verify import MetricError, check_score, compare, verify
+from export.targets import is_here, provider
+from export.verify import compare, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from export.verify import Differences, Findings
     from train.family import ServingGraph
 
-BATCHES = (1, 8)
+
 WORTHWHILE = 1.1
 """A graph that is not this many times as fast as fp32 gains nothing that shows."""
 
@@ -104,15 +106,15 @@ def make_variants(graph: ServingGraph, settings: ExportSettings, say: Callable[[
             continue
         try:
             graphs[precision] = maker.variant(precision)
-        except (NotApplicableError, MetricError) as error:
+        except (NotApplicableError, GateError) as error:
             if settings.precisions:
                 raise
             skipped[precision] = str(error)
             say(f"note: no {precision}: {error}")
     graphs = _measured(graphs, graph, provider(settings.target), say)
-    if settings.precisions:
-        return Variants(graphs, settings.precisions, skipped, (), original)
     default, notes = choose_default(list(graphs.values()), wanted, settings)
+    if settings.precisions:
+        return Variants(graphs, settings.precisions, skipped, notes, original)
     written = (default, *(name for name in graphs if name != default))
     return Variants(graphs, written, skipped, notes, original)
 
@@ -142,14 +144,14 @@ class Maker:
         return self._finish("fp32", Attempt("", self._fp32.clone(), {}))
 
     def variant(self, precision: Precision) -> Variant:
-        """The first attempt whose metric is good enough.
+        """The first attempt that passes every gate.
 
         Raises:
-            MetricError: of the last one, when none is.
+            GateError: of the one that came closest, when none does.
             NotApplicableError: the graph can't be had in this precision.
             ExportError: a gate refuses the graph.
         """
-        refused: MetricError | None = None
+        refused: list[GateError] = []
         for attempt in attempts(
             self._fp32,
             precision,
@@ -160,11 +162,11 @@ class Maker:
         ):
             try:
                 return self._finish(precision, attempt)
-            except MetricError as error:
-                refused = refused or error
-                self._say(f"note: {_with_how(attempt, error)}")
-        assert refused is not None
-        raise refused
+            except GateError as error:
+                refused.append(error)
+                if attempt.how:
+                    self._say(f"note: {attempt.how}: {error}")
+        raise min(refused, key=lambda error: error.worse if isinstance(error, MetricError) else math.inf)
 
     def _finish(self, precision: Precision, attempt: Attempt) -> Variant:
         """Put the ends on, verify."""
@@ -180,8 +182,6 @@ class Maker:
             self._graph,
             self._original,
             tolerance=tolerance,
-            # On the CPU, where these are run, an accelerator's int8 is float with rounding.
-            exact=precision == "int8" and self._settings.target not in ACCELERATORS,
             mixes_rows=attempt.mixes_rows,
         )
         elsewhere = {
@@ -215,10 +215,6 @@ class Maker:
             return str(error)
         check_score(precision, self._graph, self._original, outputs, tolerance)
         return compare(outputs, self._original.outputs)
-
-
-def _with_how(attempt: Attempt, error: MetricError) -> str:
-    return f"{attempt.how}: {error}" if attempt.how else str(error)
 
 
 def _add_ends(
@@ -273,17 +269,16 @@ def choose_default(
     names = [variant.precision for variant in variants]
     preferred: Precision = next((name for name in wanted if name in names), "fp32")
     if not is_here(settings.target):
-        note = f"which is fastest on {settings.target} can't be measured here; the default is the recipe's"
+        note = f"these times are not {settings.target}'s, which can't be measured here: they decide nothing"
         return preferred, (note,)
     fp32 = next(variant for variant in variants if variant.precision == "fp32")
     batch = min(fp32.latencies)
     speedups = {variant.precision: fp32.latencies[batch] / variant.latencies[batch] for variant in variants}
     best: Precision = max(speedups, key=lambda name: speedups[name])
+    slow = [name for name in names if name != "fp32" and speedups[name] < WORTHWHILE]
     notes = tuple(
-        f"{name} gains nothing here ({speedups[name]:.2f} times as fast as fp32)"
-        for name in names
-        if name != "fp32" and speedups[name] < WORTHWHILE
+        f"{name} gains nothing in speed: {speedups[name]:.2f} times as fast as fp32, where {WORTHWHILE} "
+        "would make it the default"
+        for name in slow
     )
-    if speedups[best] < WORTHWHILE:
-        return "fp32", (*notes, "fp32 stays the default") if notes else ()
-    return best, notes
+    return ("fp32" if speedups[best] < WORTHWHILE else best), notes

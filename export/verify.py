@@ -8,26 +8,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.difference import OutputDifference, output_difference
-from export.errors import ExportError
-from export.session import cycle, rows, take
+from export.errors import ExportError, GateError
+from export.metric_gate import check_score
+from export.session import cycle, take
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from export.original import Original
     from export.recipes import Precision
     from export.session import Session
-    from train.family import Metric, ServingGraph
+    from train.family import ServingGraph
 
     Arrays = Mapping[str, np.ndarray]
 
 PARITY = 1e-4
 ROWS_APART = 1e-5
 BATCH_SIZES = (1, 2, 7, 32)
-
-
-class MetricError(ExportError):
-    """A graph's metric is too much worse than the original's; another way to quantize may do better."""
+LIKENESS = 0.95
+"""How alike each output of a quantized graph must be: the cosine, or of integers the share of equal ones."""
 
 
 Differences = dict[str, OutputDifference]
@@ -63,7 +62,6 @@ def verify(
     original: Original,
     *,
     tolerance: float,
-    exact: bool = False,
     mixes_rows: bool = False,
 ) -> Findings:
     """Hold an ONNX graph against the original.
@@ -74,13 +72,13 @@ def verify(
         graph: its held-out rows, targets and metric are used.
         original: what `export.original.run_original` gave.
         tolerance: how much worse the metric may be; see `train.family.Metric.relative`.
-        exact: whether a row's answer must be bit for bit the same alone and among others.
         mixes_rows: whether the graph is known to; how much is measured all the same.
 
     Raises:
         MetricError: the metric is too bad.
-        ExportError: the outputs of an fp32 graph are off by more than 1e-4 of the largest, a row's answer
-            depends on its batch, or a dynamic axis isn't dynamic.
+        GateError: an output is unlike the original's, or a row's answer depends on its batch.
+        ExportError: the outputs of an fp32 graph are off by more than 1e-4 of the largest, or a dynamic axis
+            isn't dynamic.
     """
     if not _fits(session, graph.data.held_out):
         found = {name: list(array.shape[1:]) for name, array in graph.data.held_out.items()}
@@ -92,12 +90,13 @@ def verify(
     if precision == "fp32":
         check_parity(differences)
     score = check_score(precision, graph, original, outputs, tolerance)
+    check_likeness(precision, differences)
     return Findings(
         score=score,
         tolerance=tolerance,
         differences=differences,
         other_shapes=check_shapes(precision, session, graph, original),
-        rows_apart=check_rows(precision, session, graph.data.held_out, exact=exact, mixes_rows=mixes_rows),
+        rows_apart=check_rows(precision, session, graph.data.held_out, mixes_rows=mixes_rows),
     )
 
 
@@ -130,59 +129,24 @@ def check_parity(differences: Differences, limit: float = PARITY) -> None:
             )
 
 
-def lost(metric: Metric, before: float, after: float) -> float:
-    """By how much the metric got worse: of a relative one as a part of it, else as a difference."""
-    worse = metric.gain(before, over=after)
-    return worse / max(abs(before), float(np.finfo(np.float32).tiny)) if metric.relative else worse
-
-
-def check_score(
-    precision: Precision, graph: ServingGraph, original: Original, outputs: Arrays, tolerance: float
-) -> float:
-    """The metric's gate.
-
-    Returns:
-        The metric.
+def check_likeness(precision: Precision, differences: Differences) -> None:
+    """The gate of outputs that the metric doesn't read.
 
     Raises:
-        MetricError: it is worse than torch's by more than the tolerance.
+        GateError: one is unlike the original's.
     """
-    metric = graph.metric
-    score = metric.score(outputs, graph.data.targets)
-    worse = lost(metric, original.score, score)
-    if worse <= tolerance:
-        return score
-    off = ", ".join(
-        f"{name!r} off by {found.relative:.1e} of the largest value"
-        for name, found in compare(outputs, original.outputs).items()
-    )
-    unit = "%" if metric.relative else "points"
-    after, before = (figure(value, percentage=is_percentage(metric)) for value in (score, original.score))
-    raise MetricError(
-        f"{precision} {metric.name}: {after} against {before} in PyTorch on "
-        f"{rows(graph.data.held_out)} held-out rows, worse by {100 * worse:.2f} {unit} where "
-        f"{100 * tolerance:.2f} are allowed ({off}); calibrate with rows that look like those served, train "
-        "longer, or allow more with --tolerance"
-    )
-
-
-def is_percentage(metric: Metric) -> bool:
-    """Whether people write it as a percentage, as accuracy; errors and perplexities they write plain."""
-    return metric.higher_is_better and not metric.relative
-
-
-def figure(value: float, *, percentage: bool) -> str:
-    """A metric's value in text."""
-    return f"{100 * value:.2f} %" if percentage else f"{value:.4f}"
+    for name, found in differences.items():
+        alike = found.equal if found.cosine is None else max(found.cosine, found.equal)
+        if not alike >= LIKENESS:
+            raise GateError(
+                f"{precision} output {name!r}: {alike:.3f} alike to PyTorch's (cosine, or share of equal "
+                f"numbers), expected at least {LIKENESS}; take a precision of more bits or leave the output "
+                "out"
+            )
 
 
 def check_rows(
-    precision: Precision,
-    session: Session,
-    held_out: Arrays,
-    *,
-    exact: bool = False,
-    mixes_rows: bool = False,
+    precision: Precision, session: Session, held_out: Arrays, *, mixes_rows: bool = False
 ) -> dict[str, float]:
     """The batch gate: any batch size runs, and no row's answer depends on the others.
 
@@ -191,33 +155,46 @@ def check_rows(
         empty where the batch was made constant.
 
     Raises:
-        ExportError: a batch size is refused, or rows differ by more than 1e-5 of the largest value; at all,
-            where `exact`, as static int8 is: its ranges are constants and its sums integers.
+        GateError: rows differ by more than 1e-5 of the largest value.
+        ExportError: a batch size is refused, or all rows are alike, so that nothing would show.
     """
     if session.batch_size is not None:
         return {}
+    if all((array == array[:1]).all() for array in held_out.values()):
+        raise ExportError(
+            "the held-out rows are all alike; nothing would show that a row's answer doesn't depend on the "
+            "others: give rows that differ"
+        )
     inputs = cycle(held_out, max(BATCH_SIZES))
     alone = [session.run(take(inputs, row, row + 1)) for row in range(max(BATCH_SIZES))]
-    single = {output: np.concatenate([part[output] for part in alone]) for output in session.outputs}
-    limit = 0.0 if exact else ROWS_APART
     apart = dict.fromkeys(session.outputs, 0.0)
     for size in BATCH_SIZES:
         for output, values in session.run(take(inputs, 0, size)).items():
-            found = _rows_apart(f"{precision} output {output!r}", values, single[output][:size])
-            if not (found <= limit or mixes_rows):
-                raise ExportError(
+            single = [part[output] for part in alone[:size]]
+            found = _rows_apart(f"{precision} output {output!r}", values, single)
+            if not (found <= ROWS_APART or mixes_rows):
+                raise GateError(
                     f"{precision} output {output!r}: rows in a batch of {size} differ from those alone by "
-                    f"{found:.1e} of the largest value, allowed {limit:.0e}; the graph mixes the rows of a "
-                    "batch (batch norm in training mode does, and so does arithmetic over axis 0)"
+                    f"{found:.1e} of the largest value, allowed {ROWS_APART:.0e}; the graph mixes the rows "
+                    "of a batch (batch norm in training mode does, and so does arithmetic over axis 0)"
                 )
             apart[output] = max(apart[output], found)
     return apart
 
 
-def _rows_apart(what: str, batched: np.ndarray, alone: np.ndarray) -> float:
+def _rows_apart(what: str, batched: np.ndarray, alone: Sequence[np.ndarray]) -> float:
     if len(batched) != len(alone):
         raise ExportError(f"{what}: {len(alone)} rows in, {len(batched)} out; the batch axis isn't dynamic")
-    return output_difference(batched, alone).relative
+    if any(part.shape[1:] != batched.shape[1:] for part in alone):
+        raise ExportError(
+            f"{what}: its shape depends on what the rows hold, {list(alone[0].shape[1:])} for the first "
+            f"alone and {list(batched.shape[1:])} among others; give it one shape"
+        )
+    single = np.concatenate(alone)
+    # By the larger of the two: what is zero alone may not be among others.
+    largest = max(float(np.abs(array).max(initial=0.0)) for array in (batched, single))
+    off = output_difference(batched, single).max_abs
+    return (off or 0.0) / max(largest, float(np.finfo(np.float32).tiny))
 
 
 def check_shapes(

@@ -12,7 +12,7 @@ import numpy as np
 from export.entry_point.agreement import accuracy, agreement
 from export.entry_point.pixels import parse_scaling
 from export.errors import ExportError
-from export.original import run_module
+from export.original import require_finite, run_module
 from export.session import rows, take
 from train.family import ServingData
 
@@ -67,8 +67,7 @@ class EntryPointOptions:
         """Read the flags and the files that they name.
 
         Raises:
-            ExportError: a flag or a file isn't as expected.
-            OSError: a file can't be read.
+            ExportError: a flag or a file isn't as expected, or can't be read.
         """
         return cls(
             dynamic_axes=parse_dynamic(dynamic),
@@ -77,6 +76,17 @@ class EntryPointOptions:
             metric=metric,
             pixels=parse_scaling(pixels) if pixels else None,
         )
+
+    def flags(self) -> list[str]:
+        """Those that were given."""
+        given = {
+            "--dynamic": self.dynamic_axes,
+            "--data": self.rows is not None,
+            "--labels": self.labels,
+            "--metric": self.metric,
+            "--pixels": self.pixels,
+        }
+        return [flag for flag, value in given.items() if value]
 
 
 def parse_dynamic(words: Sequence[str]) -> dict[str, dict[int, str]]:
@@ -104,11 +114,12 @@ def read_labels(path: Path) -> tuple[str, ...]:
     """Class names, one a line.
 
     Raises:
-        ExportError: a line is empty, or the file isn't UTF-8.
-        OSError: it can't be read.
+        ExportError: a line is empty, or the file isn't UTF-8 or can't be read.
     """
     try:
         labels = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ExportError(f"--labels {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ExportError(
             f"--labels {path}: is not UTF-8 text ({error.reason} at byte {error.start})"
@@ -123,8 +134,7 @@ def read_rows(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` file.
 
     Raises:
-        ExportError: it is no such file.
-        OSError: it can't be read.
+        ExportError: it is no such file, or can't be read.
     """
     try:
         stored = np.load(path, allow_pickle=False)
@@ -133,7 +143,13 @@ def read_rows(path: Path) -> dict[str, np.ndarray]:
         with stored:
             return {name: stored[name] for name in stored.files}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ExportError(f"--data {path}: is no .npz file of plain arrays ({error})") from error
+        why = f" ({error})" if isinstance(error, zipfile.BadZipFile) else ""  # else how to unpickle it
+        raise ExportError(
+            f"--data {path}: is no .npz file of plain arrays; expected arrays [rows, ...] by input name, as "
+            f"numpy.savez writes them{why}"
+        ) from error
+    except OSError as error:
+        raise ExportError(f"--data {path}: {error.strerror or error}") from error
 
 
 def serving_data(
@@ -163,7 +179,7 @@ def serving_data(
     half = count // 2 if count >= ENOUGH_TO_CALIBRATE else 0
     held_out = take(given, half, count)
     answers = run_module(module, held_out, outputs)
-    _check_finite(answers)
+    require_finite(answers)
     if targets is None:
         metric, expected = agreement(answers, options.metric)
     else:
@@ -192,10 +208,25 @@ def other_shapes(
         if not runnable:
             raise ExportError(
                 f"--dynamic {key}:{axis}={name}: the module runs with {length} there, but with neither half "
-                "as many, one less nor twice as many; leave it constant"
+                f"as many, one less nor twice as many; {_advice(inputs, along, axis, name)}"
             )
         found += (runnable[0], runnable[-1]) if len(runnable) > 1 else runnable
     return tuple(found)
+
+
+def _advice(inputs: Arrays, along: Mapping[str, int], axis: int, name: str) -> str:
+    """What to do where only some inputs were to change their length."""
+    length = next(inputs[key].shape[at] for key, at in along.items())
+    alike = [
+        key
+        for key, array in inputs.items()
+        if key not in along and array.ndim > axis and array.shape[axis] == length
+    ]
+    if not alike:
+        return "leave it constant"
+    more = " ".join(f"--dynamic {key}:{axis}={name}" for key in alike)
+    verb, them = ("are", "them") if len(alike) > 1 else ("is", "it")
+    return f"{', '.join(map(repr, alike))} {verb} as long there: name {them} too, {more}"
 
 
 def _resized(inputs: Arrays, along: Mapping[str, int], size: int) -> Arrays:
@@ -245,7 +276,7 @@ def _fit(name: str, found: np.ndarray, example: np.ndarray, options: EntryPointO
         size not in {-1, given} for size, given in zip(expected, found.shape, strict=True)
     ):
         raise ExportError(f"--data {name!r} has shape {list(found.shape)}, the network takes {expected}")
-    cast = found.astype(example.dtype)
+    cast = found.astype(example.dtype, copy=False)
     same_kind = found.dtype.kind == example.dtype.kind or np.can_cast(found.dtype, example.dtype, "safe")
     if not same_kind or (example.dtype.kind in "iu" and not np.array_equal(cast, found)):
         raise ExportError(
@@ -253,13 +284,3 @@ def _fit(name: str, found: np.ndarray, example: np.ndarray, options: EntryPointO
             "example be of the type that clients send"
         )
     return np.ascontiguousarray(cast)
-
-
-def _check_finite(answers: Arrays) -> None:
-    for name, array in answers.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            bad = int((~np.isfinite(array)).reshape(len(array), -1).any(axis=1).sum())
-            raise ExportError(
-                f"the module's output {name!r} holds NaN or infinity for {bad} of {len(array)} rows; a graph "
-                "can't be compared with that"
-            )

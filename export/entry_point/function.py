@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ from export.explanation import place_of, summary
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import ModuleType
+
+MOST_NAMES = 8
 
 
 def call_function(text: str) -> tuple[Any, Path | None]:
@@ -47,6 +51,41 @@ def call_function(text: str) -> tuple[Any, Path | None]:
 def is_path(module_name: str) -> bool:
     """Whether a module is named by its file."""
     return module_name.endswith(".py") or "/" in module_name
+
+
+def forgotten_function(text: str) -> str | None:
+    """What to say of a module without `:function`; None where the text names no module."""
+    name = text.removesuffix(":")
+    file = _source_file(name)
+    if file is None:
+        return None
+    if not file.is_file():
+        return f"{name}: no such file"
+    try:
+        found = [node for node in ast.parse(file.read_bytes()).body if isinstance(node, ast.FunctionDef)]
+    except (OSError, SyntaxError, ValueError):
+        found = []
+    names = [node.name for node in found if node.name[0] != "_" and _takes_nothing(node.args)]
+    hint = f"; {file.name} has {', '.join(names[:MOST_NAMES])}" if names else ""
+    return f"{name} is a Python module: name its function that returns the network, {name}:function{hint}"
+
+
+def _source_file(name: str) -> Path | None:
+    """Of a `.py` file or an importable module."""
+    if name.endswith(".py"):
+        return Path(name)
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name):
+        return None
+    try:
+        spec = importlib.util.find_spec(name)
+    except Exception:  # noqa: BLE001 - looking for a.b imports a, which may raise anything
+        return None
+    return Path(spec.origin) if spec and spec.origin and spec.has_location else None
+
+
+def _takes_nothing(arguments: ast.arguments) -> bool:
+    positional = len(arguments.posonlyargs) + len(arguments.args)
+    return positional == len(arguments.defaults) and None not in arguments.kw_defaults
 
 
 @contextlib.contextmanager

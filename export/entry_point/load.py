@@ -100,7 +100,8 @@ def _own_graph(
 ) -> ServingGraph:
     if options != EntryPointOptions():
         raise ExportError(
-            f"{text} returned a ServingGraph, which has data, labels and axes of its own: drop the flags"
+            f"{text} returned a ServingGraph, which has data, labels and axes of its own: drop "
+            f"{', '.join(options.flags())}"
         )
     return dataclasses.replace(graph, module=prepare(graph.module, say))
 

@@ -23,7 +23,7 @@ from export.inspection.inspect import Inspection, inspect_graph
 from export.inspection.samples import Samples, candidates, fit, is_batched
 from export.inspection.signature import graph_inputs, parse_sizes, symbols
 from export.latency import BATCHES, interleave, processor
-from export.memory import resident_bytes
+from export.memory import grown_bytes
 from export.session import BATCH, Session, cycle
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ def compare(
     _require_common_input(inspections)
     run = _run(files, inspections, inputs, sizes)
     latency, notes = _latencies(run, inspections)
+    if sizes and run.samples.stored:
+        notes += (f"--shape is of the work; answers and latencies are of {run.samples.source}'s sizes",)
     outputs, others = _differences(run)
     counts = [dict(found.operators) for found in inspections]
     pairs = {name: (counts[0].get(name, 0), counts[1].get(name, 0)) for name in counts[0] | counts[1]}
@@ -143,7 +145,7 @@ def _run(
 def _run_on(samples: Samples, files: tuple[Path, Path], inspections: tuple[Inspection, Inspection]) -> _Run:
     arrays = (fit(samples.arrays, inspections[0].inputs), fit(samples.arrays, inspections[1].inputs))
     # First in a process of its own: there a graph may hang or crash.
-    resident = (resident_bytes(files[0], arrays[0]), resident_bytes(files[1], arrays[1]))
+    resident = (grown_bytes(files[0], arrays[0]), grown_bytes(files[1], arrays[1]))
     sessions = (Session(files[0]), Session(files[1]))
     answers = (_answer(sessions[0], arrays[0]), _answer(sessions[1], arrays[1]))
     return _Run(samples, sessions, arrays, answers, resident)

@@ -28,10 +28,11 @@ WORDS = ("a", "is", "the", "good", "7")
 
 @dataclass(frozen=True)
 class Samples:
-    """Input name to array, and where they are from."""
+    """Input name to array, where they are from, and whether that is a file."""
 
     arrays: Mapping[str, np.ndarray]
     source: str
+    stored: bool = False
 
 
 def stored_samples(file: Path) -> Samples:
@@ -46,7 +47,7 @@ def stored_samples(file: Path) -> Samples:
             arrays = {name.removeprefix("input."): stored[name] for name in marked or stored.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ExportError(f"{file}: not an .npz file of arrays: {error}") from error
-    return Samples({name: _as_text(array) for name, array in arrays.items()}, str(file))
+    return Samples({name: _as_text(array) for name, array in arrays.items()}, str(file), stored=True)
 
 
 def _as_text(array: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from export.int8.thresholds import THRESHOLDS, Histogram
 from export.passes.bias_products import BiasProducts
 from export.passes.flat_rows import FlatRows
 from export.passes.fold_constants import FoldConstants
+from export.passes.own_weights import OwnWeights
 from export.passes.split_products import SplitProducts
 from export.session import Session, rows, take
 
@@ -62,7 +63,8 @@ def prepare(model: ir.Model) -> ir.Model:
     """Bring a graph into the form that is calibrated and quantized, the same each time.
 
     Constants and batch norms are folded, products get their bias, what stands between them works on matrices
-    too, products that are cut into parts are written as several; shapes are inferred, every node has a name.
+    too, products that are cut into parts are written as several, and a matrix that is also read transposed as
+    two; shapes are inferred, every node has a name.
 
     Args:
         model: as exported, or anyone else's; changed in place.
@@ -74,7 +76,7 @@ def prepare(model: ir.Model) -> ir.Model:
         ExportError: its shapes contradict each other.
     """
     model = _modernize(model)
-    for step in (FoldConstants(), BiasProducts(), FlatRows(), SplitProducts()):
+    for step in (FoldConstants(), BiasProducts(), FlatRows(), SplitProducts(), OwnWeights()):
         model = _infer_shapes(model)
         if step.check(model) is None:
             model = step.apply(model).model

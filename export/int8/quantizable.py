@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from export.passes.weights import array_of, find_product, is_constant
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -28,8 +30,17 @@ def weighted_nodes(graph: ir.Graph) -> list[ir.Node]:
 
 
 def is_product(node: ir.Node) -> bool:
-    """Whether a node multiplies by constant weights."""
-    return node.op_type in PRODUCTS and node.domain == "" and is_constant(node.inputs[1])
+    """Whether a node multiplies by constant weights, and adds a bias of one constant per column if any.
+
+    Others onnxruntime's quantizer rounds wrong or not at all, such as a Gemm with a scale of its own.
+    """
+    if node.op_type == "Conv" and node.domain == "":
+        return all(is_constant(value) for value in node.inputs[1:] if value is not None)
+    product = find_product(node)
+    if product is None or product.weight is not node.inputs[1]:
+        return False
+    columns = product.matrix().shape[1:]
+    return product.bias is None or (is_constant(product.bias) and array_of(product.bias).shape == columns)
 
 
 def is_table(node: ir.Node) -> bool:
@@ -38,16 +49,6 @@ def is_table(node: ir.Node) -> bool:
         return False
     table = node.inputs[0]
     return table is not None and table.shape is not None and len(table.shape) > 1
-
-
-def is_constant(value: ir.Value | None) -> bool:
-    """Whether a value is a constant of FP32 numbers, and no input that a client may set."""
-    return (
-        value is not None
-        and value.const_value is not None
-        and value.const_value.dtype == ir.DataType.FLOAT
-        and not value.is_graph_input()
-    )
 
 
 def quantizable_nodes(graph: ir.Graph) -> list[ir.Node]:
@@ -60,7 +61,8 @@ def quantizable_nodes(graph: ir.Graph) -> list[ir.Node]:
             if node.op_type == "Conv":
                 after_convolution.update(node.outputs)
         elif node.op_type in BETWEEN_CONVOLUTIONS and node.inputs[0] in after_convolution:
-            nodes.append(node)
+            if not _is_answer(node):
+                nodes.append(node)
             after_convolution.update(node.outputs)
     return nodes
 
@@ -68,9 +70,14 @@ def quantizable_nodes(graph: ir.Graph) -> list[ir.Node]:
 def with_activation(node: ir.Node) -> list[ir.Node]:
     """A node, and the activation that the quantizer makes part of it, if one follows."""
     users = node.outputs[0].consumers()
-    if len(users) == 1 and users[0].op_type in ACTIVATIONS and not node.outputs[0].is_graph_output():
-        return [node, users[0]]
-    return [node]
+    if len(users) != 1 or users[0].op_type not in ACTIVATIONS or node.outputs[0].is_graph_output():
+        return [node]
+    return [node] if _is_answer(users[0]) else [node, users[0]]
+
+
+def _is_answer(node: ir.Node) -> bool:
+    """Whether it is an activation that the quantizer leaves to the rounding, which outputs go without."""
+    return node.op_type in ACTIVATIONS and node.outputs[0].is_graph_output()
 
 
 def rounded_values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from export.int8.calibration import Ranges
-from export.passes.static_int8 import Scheme
+    from export.passes.static_int8 import Scheme
 
 QUIETEST = 150.0
 """What a layer has that changes nothing at all; FP32 itself rounds at about this."""

@@ -11,6 +11,7 @@ import onnxscript
 from onnx_ir.passes import common
 
 from export.passes import PassResult
+from export.passes.weights import add_constant
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +67,10 @@ class AnySizePixels:
         image.shape = ir.Shape([image.shape[0], "height", "width", channels])
 
         constants = {"size": [size, size], "shape": [0, size, size, channels]}
-        inputs = [_initializer(graph, f"{self.input}.{key}", value) for key, value in constants.items()]
+        inputs = [
+            add_constant(graph, f"{self.input}.{key}", np.array(value, np.int64))
+            for key, value in constants.items()
+        ]
         fitted = ir.val(f"{self.input}.fitted", dtype=ir.DataType.UINT8, shape=fixed_shape)
         graph.insert_before(graph[0], ir.node(_fit.name, [image, *inputs], domain=DOMAIN, outputs=[fitted]))
         for user, index in users:
@@ -88,12 +92,6 @@ def _size_and_channels(image: ir.Value) -> tuple[int, int] | None:
     if not isinstance(height, int) or height != width or height < LEAST_SIZE or not isinstance(channels, int):
         return None
     return height, channels
-
-
-def _initializer(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(np.array(numbers, np.int64), name=name))
-    graph.register_initializer(value)
-    return value
 
 
 def _inline(model: ir.Model) -> None:

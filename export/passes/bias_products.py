@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from export.int8.quantizable import is_constant
 from export.passes import PassResult
+from export.passes.weights import MATRIX, Product, add_constant, array_of, find_product, is_constant
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -40,47 +40,38 @@ class BiasProducts:
     def apply(self, model: ir.Model) -> PassResult:
         """See `export.passes.Pass`."""
         writer = _Writer(model.graph)
-        products = [product for node in model.graph if (product := _find(node))]
-        for product in products:
-            writer.write(product)
+        products = [biased for node in model.graph if (biased := _find(node))]
+        for biased in products:
+            writer.write(biased)
         common.RemoveUnusedNodesPass()(model)
+        common.TopologicalSortPass()(model)  # products further on share a shape that another one computes
         return PassResult(model, {"products with their bias": len(products)})
 
 
-class Product(NamedTuple):
+class Biased(NamedTuple):
     """A MatMul to rewrite.
 
     Attributes:
         node: the MatMul.
-        weight: FP32 [inner, outer], or [outer, inner] when transposed.
-        transposed: whether the weight is.
+        product: what it multiplies.
         add: the Add of the bias; None without one.
-        bias: FP32, as many numbers as `outer`.
+        bias: FP32, as many numbers as the weights have columns.
     """
 
     node: ir.Node
-    weight: ir.Value
-    transposed: bool
+    product: Product
     add: ir.Node | None
     bias: ir.Value | None
 
 
-def _find(node: ir.Node) -> Product | None:
-    if node.op_type != "MatMul" or node.domain != "":
+def _find(node: ir.Node) -> Biased | None:
+    product = find_product(node)
+    if node.op_type != "MatMul" or product is None:
         return None
-    rows, weight = node.inputs
-    transposed = False
-    if weight is not None and (transpose := weight.producer()) and transpose.op_type == "Transpose":
-        weight, transposed = transpose.inputs[0], True
-    if rows is None or rows.shape is None or len(rows.shape) == 1 or not is_constant(weight):
+    if product.rows.shape is None or len(product.rows.shape) < MATRIX:
         return None
-    assert weight is not None
-    assert weight.const_value is not None
-    if len(weight.const_value.shape) != 2:  # noqa: PLR2004 - a matrix
-        return None
-    outer = int(weight.const_value.numpy().shape[0 if transposed else 1])
-    add, bias = _bias(node, outer)
-    return Product(node, weight, transposed, add, bias) if bias or transposed else None
+    add, bias = _bias(node, product.matrix().shape[1])
+    return Biased(node, product, add, bias) if bias or product.transposed else None
 
 
 def _bias(node: ir.Node, outer: int) -> tuple[ir.Node, ir.Value] | tuple[None, None]:
@@ -88,13 +79,13 @@ def _bias(node: ir.Node, outer: int) -> tuple[ir.Node, ir.Value] | tuple[None, N
     users = product.consumers()
     if len(users) != 1 or users[0].op_type != "Add" or product.is_graph_output():
         return None, None
-    (bias,) = (value for value in users[0].inputs if value is not product)
-    if bias is None or not is_constant(bias) or bias.const_value is None:
+    # An Add in a branch of an If may never run, and the sum of a value with itself has no bias.
+    others = [value for value in users[0].inputs if value is not product]
+    if users[0].graph is not node.graph or len(others) != 1 or not is_constant(others[0]):
         return None, None
-    shape = tuple(bias.const_value.shape)
-    fits = (
-        bias.const_value.size == outer and shape[-1:] == (outer,) and len(shape) <= len(product.shape or ())
-    )
+    bias = others[0]
+    shape = array_of(bias).shape
+    fits = array_of(bias).size == outer and shape[-1:] == (outer,) and len(shape) <= len(product.shape or ())
     return (users[0], bias) if fits else (None, None)
 
 
@@ -106,21 +97,19 @@ class _Writer:
         self._shapes: dict[Hashable, ir.Value] = {}
         self._constants: dict[tuple[int, ...], ir.Value] = {}
 
-    def write(self, product: Product) -> None:
+    def write(self, biased: Biased) -> None:
         """Replace the MatMul and its Add."""
-        last = product.add or product.node
-        result, rows = last.outputs[0], product.node.inputs[0]
-        name = product.node.name or result.name
-        assert rows is not None
+        product, last = biased.product, biased.add or biased.node
+        result, rows = last.outputs[0], product.rows
+        name = biased.node.name or result.name
         assert rows.shape is not None
-        assert product.weight.const_value is not None
-        sizes = product.weight.const_value.numpy().shape
-        inner, outer = reversed(sizes) if product.transposed else sizes
-        flat = len(rows.shape) == 2  # noqa: PLR2004 - a matrix
+        inner, outer = product.matrix().shape
+        flat = len(rows.shape) == MATRIX
         inputs = [rows if flat else self._reshape(last, rows, self._constant(-1, inner), f"{name}.rows")]
         inputs.append(product.weight)
-        if product.bias:
-            inputs.append(self._own_bias(product.bias, f"{name}.bias"))
+        if biased.bias:
+            # A copy of its own: rounded for one product, a shared bias would be wrong for another.
+            inputs.append(add_constant(self._graph, f"{name}.bias", array_of(biased.bias).reshape(-1)))
         attributes = {"transB": 1} if product.transposed else {}
         gemm = ir.node("Gemm", inputs, attributes, name=name, outputs=[ir.val(f"{name}.product")])
         self._graph.insert_before(last, gemm)
@@ -128,14 +117,9 @@ class _Writer:
         if not flat:
             answer = self._reshape(last, answer, self._shape(last, rows, outer), f"{name}.reshaped")
         answer.type, answer.shape = result.type, result.shape
-        self._replace(result, answer)
-
-    def _replace(self, old: ir.Value, new: ir.Value) -> None:
-        if old.is_graph_output():
-            self._graph.outputs[self._graph.outputs.index(old)] = new
-            old.name, new.name = f"{old.name}.replaced", old.name
-        for user, index in tuple(old.uses()):
-            user.replace_input_with(index, new)
+        if result.is_graph_output():
+            result.name, answer.name = f"{result.name}.replaced", result.name
+        result.replace_all_uses_with(answer, replace_graph_outputs=True)
 
     def _reshape(self, before: ir.Node, value: ir.Value, shape: ir.Value, name: str) -> ir.Value:
         node = ir.node("Reshape", [value, shape], name=name, outputs=[ir.val(f"{name}.value")])
@@ -167,15 +151,5 @@ class _Writer:
     def _constant(self, *sizes: int) -> ir.Value:
         if sizes not in self._constants:
             name = "reshape_to_" + "_".join(map(str, sizes)).replace("-1", "any")
-            self._constants[sizes] = self._initializer(name, np.array(sizes, np.int64))
+            self._constants[sizes] = add_constant(self._graph, name, np.array(sizes, np.int64))
         return self._constants[sizes]
-
-    def _own_bias(self, bias: ir.Value, name: str) -> ir.Value:
-        """A copy of its own: rounded for one product, a shared bias would be wrong for another."""
-        assert bias.const_value is not None
-        return self._initializer(name, bias.const_value.numpy().reshape(-1))
-
-    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
-        value = ir.val(name, const_value=ir.tensor(array, name=name))
-        self._graph.register_initializer(value)
-        return value

@@ -8,7 +8,7 @@ which meet zeros among the weights. The range is then the same in every batch, a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +16,7 @@ import onnx_ir as ir
 from export.graph import serialize
 from export.passes import PassResult
 from export.passes.dynamic_int8 import QUANTIZED, is_quantizable
+from export.passes.weights import add_constant, array_of, find_product
 from export.session import BATCH, Session, rows, take
 
 if TYPE_CHECKING:
@@ -114,12 +115,13 @@ def _largest(
 def _widen_lstm(graph: ir.Graph, node: ir.Node) -> None:
     """Two units that answer the largest and the least that a unit can, and that no unit listens to."""
     hidden = node.attributes.get_int("hidden_size", 0)
-    directions, _, features = _array(node.inputs[1]).shape
+    directions, _, features = array_of(node.inputs[1]).shape
     for index, columns in ((1, features), (2, hidden)):
-        gates = _array(node.inputs[index]).reshape(directions, 4, hidden, columns)
+        gates = array_of(node.inputs[index]).reshape(directions, 4, hidden, columns)
         _set_weight(graph, node, index, _pad(gates, (2, 3)).reshape(directions, -1, columns + SENTINELS))
+    node.resize_inputs(max(4, len(node.inputs)))  # a missing B may also be left out at the end
     bias = np.zeros((directions, 8 * hidden), np.float32)
-    bias = bias if node.inputs[3] is None else _array(node.inputs[3])
+    bias = bias if node.inputs[3] is None else array_of(node.inputs[3])
     bias = _pad(bias.reshape(directions, 2, 4, hidden), (3,))
     bias[:, 0, :, hidden:] = SATURATED  # of the gates input, output, forget, cell
     bias[:, 0, 3, -1] = -SATURATED
@@ -136,16 +138,18 @@ def _widen_lstm(graph: ir.Graph, node: ir.Node) -> None:
 
 def _widen_product(graph: ir.Graph, node: ir.Node) -> None:
     """Zeros among the weights for the two columns."""
-    axis = 1 if node.attributes.get_int("transB", 0) else 0
-    _set_weight(graph, node, 1, _pad(_array(node.inputs[1]), (axis,)))
+    product = find_product(node)
+    assert product is not None
+    wide = _pad(product.matrix(), (0,))
+    _set_weight(graph, node, 1, wide.T if node.attributes.get_int("transB", 0) else wide)
 
 
 def _bounded(graph: ir.Graph, node: ir.Node, value: ir.Value, bound: float, *, clip: bool = True) -> ir.Value:
     """The value between -bound and bound, with two more columns, one of each."""
     assert value.shape is not None
     name, rank = value.name, len(value.shape)
-    low, high = (_initializer(graph, f"{name}.bound{n}", np.float32(n)) for n in (-bound, bound))
-    one_behind = _initializer(graph, f"{name}.pads", np.eye(2 * rank, dtype=np.int64)[-1])
+    low, high = (add_constant(graph, f"{name}.bound{n}", np.float32(n)) for n in (-bound, bound))
+    one_behind = add_constant(graph, f"{name}.pads", np.eye(2 * rank, dtype=np.int64)[-1])
     steps = [("Clip", low, high)] if clip else []
     for operator, *inputs in [*steps, ("Pad", one_behind, high), ("Pad", one_behind, low)]:
         output = ir.val(f"{value.name}.{operator.lower()}", dtype=ir.DataType.FLOAT)
@@ -163,7 +167,7 @@ def _narrow(graph: ir.Graph, node: ir.Node, output: ir.Value, hidden: int) -> No
     narrow = ir.val(output.name, dtype=ir.DataType.FLOAT, shape=output.shape)
     output.name, output.shape = f"{output.name}.wide", None
     cut = [
-        _initializer(graph, f"{output.name}.{name}", np.array([number]))
+        add_constant(graph, f"{output.name}.{name}", np.array([number]))
         for name, number in (("start", 0), ("end", hidden), ("axis", -1))
     ]
     graph.insert_after(node, ir.node("Slice", [output, *cut], outputs=[narrow]))
@@ -180,16 +184,4 @@ def _pad(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
 
 def _set_weight(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray) -> None:
     name = f"{node.outputs[0].name or node.outputs[1].name}.wide{'XWRB'[index]}"
-    node.replace_input_with(index, _initializer(graph, name, array))
-
-
-def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(np.asarray(array), name=name))
-    graph.register_initializer(value)
-    return value
-
-
-def _array(value: ir.Value | None) -> np.ndarray:
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy()
+    node.replace_input_with(index, add_constant(graph, name, array))

@@ -52,10 +52,13 @@ def _unround(graph: ir.Graph, output: ir.Value) -> bool:
     if dequantize is None or quantize is None or (quantize.op_type, dequantize.op_type) != QDQ:
         return False
     exact = quantize.inputs[0]
-    assert exact is not None
+    if exact is None or exact.is_graph_input() or exact.is_graph_output():
+        return False
     name, output.name = output.name, f"{output.name}.rounded"
     exact.name, exact.shape, exact.type = name, output.shape, output.type
     graph.outputs[graph.outputs.index(output)] = exact
+    if output.uses():  # the layers behind it stay integer
+        return True
     graph.remove(dequantize, safe=True)
     # Left in place, though nothing reads it, it would keep onnxruntime from fusing the integer product.
     if not quantize.outputs[0].uses():

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from export.passes import PassResult
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from export.passes.weights import Product, add_constant, array_of, find_product, is_constant
 
 QUANTIZED = (
     "DequantizeLinear",
@@ -28,7 +26,6 @@ QUANTIZED = (
     "MatMulInteger",
     "MatMulNBits",
 )
-PRODUCTS = ("MatMul", "Gemm")
 WITHOUT_KERNEL = ("GRU", "RNN")
 MICROSOFT = "com.microsoft"
 LSTM_INPUTS = 8  # X, W, R, B, sequence_lens, initial_h, initial_c, P; then the scales and zero points
@@ -93,12 +90,12 @@ class _Rewrite:
         """Put a DynamicQuantizeLSTM in an LSTM's place: weights transposed, scales and zero points behind."""
         inputs = [*node.inputs, *[None] * (LSTM_INPUTS - len(node.inputs))]
         for index in (1, 2):
-            quantized, scale = self.quantize(_array(node.inputs[index]).transpose(0, 2, 1), (1, 2))
+            quantized, scale = self.quantize(array_of(node.inputs[index]).transpose(0, 2, 1), (1, 2))
             name = f"{node.outputs[0].name or node.outputs[1].name}.{'XWR'[index]}"
-            inputs[index] = self.initializer(name, quantized)
+            inputs[index] = add_constant(self.graph, name, quantized)
             inputs += [
-                self.initializer(f"{name}.scale", scale.reshape(-1)),
-                self.initializer(f"{name}.zero_point", np.zeros(len(scale), np.int8)),
+                add_constant(self.graph, f"{name}.scale", scale.reshape(-1)),
+                add_constant(self.graph, f"{name}.zero_point", np.zeros(len(scale), np.int8)),
             ]
         outputs = [ir.val(value.name, shape=value.shape, type=value.type) for value in node.outputs]
         attributes = [value for name, value in node.attributes.items() if name != "layout"]
@@ -107,11 +104,10 @@ class _Rewrite:
 
     def product(self, node: ir.Node) -> None:
         """Put an integer product with float result in the place of a MatMul or Gemm."""
-        left, right, bias = (*node.inputs, None)[:3]
-        assert left is not None
-        assert right is not None
-        new, quantized, scale, zero_point = self.activation(left)
-        weight, weight_scale = self.weight(right, transpose=bool(node.attributes.get_int("transB", 0)))
+        product = find_product(node)
+        assert product is not None
+        new, quantized, scale, zero_point = self.activation(product.rows)
+        weight, weight_scale = self.weight(product)
         name = str(node.outputs[0].name)
 
         def add(operator: str, inputs: list[ir.Value], kind: ir.DataType, **attributes: int) -> ir.Value:
@@ -123,8 +119,8 @@ class _Rewrite:
         new.append(ir.node("MatMulInteger", [quantized, weight, zero_point], outputs=[summed]))
         result = add("Cast", [summed], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
         result = add("Mul", [result, add("Mul", [scale, weight_scale], ir.DataType.FLOAT)], ir.DataType.FLOAT)
-        if bias is not None:
-            result = add("Add", [result, bias], ir.DataType.FLOAT)
+        if product.bias is not None:
+            result = add("Add", [result, product.bias], ir.DataType.FLOAT)
         result.name, result.shape = name, node.outputs[0].shape
         self.replace(node, new)
 
@@ -139,28 +135,23 @@ class _Rewrite:
             self.activations[value] = (quantized, scale, zero_point)
         return (new, *self.activations[value])
 
-    def weight(self, value: ir.Value, *, transpose: bool) -> tuple[ir.Value, ir.Value]:
+    def weight(self, product: Product) -> tuple[ir.Value, ir.Value]:
         """INT8 [in, out] and its scales [out]; once for each that several products share."""
-        if (value, transpose) not in self.weights:
-            array = _array(value)
-            quantized, scale = self.quantize(array.T if transpose else array, (0,))
-            self.weights[value, transpose] = (
-                self.initializer(f"{value.name}.int8{'.T' if transpose else ''}", quantized),
-                self.initializer(f"{value.name}.scale{'.T' if transpose else ''}", scale.reshape(-1)),
+        key = (product.weight, product.transposed)
+        if key not in self.weights:
+            quantized, scale = self.quantize(product.matrix(), (0,))
+            name, suffix = product.weight.name, ".T" if product.transposed else ""
+            self.weights[key] = (
+                add_constant(self.graph, f"{name}.int8{suffix}", quantized),
+                add_constant(self.graph, f"{name}.scale{suffix}", scale.reshape(-1)),
             )
-        return self.weights[value, transpose]
+        return self.weights[key]
 
     def quantize(self, array: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """INT8 numbers, symmetric around 0, and FP32 scales that the numbers along `axes` share."""
         scale = np.abs(array).max(axis=axes, keepdims=True) / self.largest
         scale = np.where(scale > 0, scale, 1).astype(np.float32)
         return np.ascontiguousarray(np.round(array / scale).astype(np.int8)), scale
-
-    def initializer(self, name: str, array: np.ndarray) -> ir.Value:
-        """Add a constant to the graph."""
-        value = ir.val(name, const_value=ir.tensor(array, name=name))
-        self.graph.register_initializer(value)
-        return value
 
     def replace(self, node: ir.Node, new: list[ir.Node]) -> None:
         """Put nodes in a node's place; the last one's outputs take over from its."""
@@ -169,28 +160,6 @@ class _Rewrite:
 
 def is_quantizable(node: ir.Node) -> bool:
     """Whether it is an LSTM or a product with constant FP32 weights."""
-    if node.domain:
-        return False
-    if node.op_type == "LSTM":
-        return not node.attributes.get_int("layout", 0) and _are_float_constants(node.inputs[1:3], 3)
-    if node.op_type == "Gemm":
-        plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
-        if not plain or node.attributes.get_int("transA", 0) != 0:
-            return False
-    return node.op_type in PRODUCTS and _are_float_constants(node.inputs[1:2], 2)
-
-
-def _are_float_constants(values: Iterable[ir.Value | None], rank: int) -> bool:
-    return all(
-        value is not None
-        and value.const_value is not None
-        and value.const_value.dtype == ir.DataType.FLOAT
-        and len(value.const_value.shape) == rank
-        for value in values
-    )
-
-
-def _array(value: ir.Value | None) -> np.ndarray:
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy()
+    if node.op_type == "LSTM" and node.domain == "":
+        return not node.attributes.get_int("layout", 0) and all(map(is_constant, node.inputs[1:3]))
+    return find_product(node) is not None

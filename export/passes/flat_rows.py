@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from export.passes import PassResult
+from export.passes.weights import MATRIX, add_constant
 
 ELEMENTWISE = frozenset((
     "Abs", "Add", "Cast", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish",
@@ -17,7 +18,6 @@ ELEMENTWISE = frozenset((
 ))  # fmt: skip
 LAST_AXIS_OPSET = 13
 """The opset from which Softmax and Split take the last axis by -1, and Softmax that axis alone."""
-MATRIX = 2
 
 
 class FlatRows:
@@ -219,8 +219,6 @@ class _Flattener:
     def _flat_target(self, width: int | None) -> ir.Value:
         assert width is not None
         if width not in self._flat_targets:
-            sizes = ir.tensor(np.array([-1, width], np.int64), name=f"flat_rows_of_{width}")
-            value = ir.val(sizes.name, const_value=sizes)
-            self._graph.register_initializer(value)
-            self._flat_targets[width] = value
+            sizes = np.array([-1, width], np.int64)
+            self._flat_targets[width] = add_constant(self._graph, f"flat_rows_of_{width}", sizes)
         return self._flat_targets[width]

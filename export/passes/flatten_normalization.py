@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from export.passes import PassResult
+from export.passes.weights import add_constant
 
 ARITHMETIC = ("Add", "Sub", "Mul", "Div")
 
@@ -68,7 +69,12 @@ def _sizes(image: ir.Value) -> tuple[int, int, int] | None:
 
 
 def _fits(node: ir.Node, value: ir.Value, channels: int) -> bool:
-    """Whether a node does with each number of `value` what depends on nothing but its channel."""
+    """Whether a node does with each number of `value` what depends on nothing but its channel.
+
+    What is an output of the graph, too, keeps its axes.
+    """
+    if node.outputs[0].is_graph_output():
+        return False
     if node.op_type == "Cast":
         return True
     constant = _constant(node)
@@ -115,16 +121,10 @@ def _repeat_constant(graph: ir.Graph, node: ir.Node, width: int) -> None:
     constant = _constant(node)
     assert constant is not None
     row = np.tile(constant.numpy().reshape(-1), width)
-    node.replace_input_with(1, _initializer(graph, f"{node.outputs[0].name}.constant", row))
+    node.replace_input_with(1, add_constant(graph, f"{node.outputs[0].name}.constant", row))
 
 
 def _reshape(graph: ir.Graph, value: ir.Value, shape: list[int], name: str) -> ir.Node:
     """A Reshape whose zeros keep the input's axes, so that the batch stays dynamic."""
-    target = _initializer(graph, f"{name}.shape", np.array(shape, np.int64))
+    target = add_constant(graph, f"{name}.shape", np.array(shape, np.int64))
     return ir.node("Reshape", [value, target], outputs=[ir.val(name, dtype=value.dtype)])
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(array, name=name))
-    graph.register_initializer(value)
-    return value

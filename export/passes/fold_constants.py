@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import rewriter
 from onnxscript.optimizer import fold_constants_ir
@@ -15,7 +16,7 @@ from onnxscript.rewriter.rules.common import (
 from export.passes import PassResult
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    from collections.abc import Sequence
 
 FORMS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 BATCH_NORMS = (fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_gemm_rule)
@@ -36,7 +37,7 @@ class FoldConstants:
 
     def apply(self, model: ir.Model) -> PassResult:
         """See `export.passes.Pass`."""
-        before = len(model.graph)
+        before, outputs = len(model.graph), [value.name for value in model.graph.outputs]
         if model.functions:
             common.InlinePass()(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -46,6 +47,7 @@ class FoldConstants:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         rewriter.rewrite(model, BATCH_NORMS)
         common.RemoveUnusedNodesPass()(model)
+        _separate_outputs(model.graph, outputs)
         common.TopologicalSortPass()(model)
         _name_nodes(model.graph)
         return PassResult(model, {"nodes folded": before - len(model.graph)})
@@ -64,6 +66,19 @@ def _write_sums_as_additions(graph: ir.Graph) -> None:
     for node in graph:
         if (node.op_type, node.domain, len(node.inputs)) == ("Sum", "", 2):
             node.op_type = "Add"
+
+
+def _separate_outputs(graph: ir.Graph, names: Sequence[str | None]) -> None:
+    """Outputs of the names they had, where one value has become several of them or has another's name."""
+    seen: set[ir.Value] = set()
+    for index, (value, name) in enumerate(zip(tuple(graph.outputs), names, strict=True)):
+        if value in seen or (value.is_graph_input() and value.name != name):
+            copy = ir.node("Identity", [value], outputs=[ir.val(name, type=value.type, shape=value.shape)])
+            graph.append(copy)
+            graph.outputs[index] = copy.outputs[0]
+        elif value.name != name:
+            value.name = name
+        seen.add(value)
 
 
 def _name_nodes(graph: ir.Graph) -> None:

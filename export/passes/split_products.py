@@ -8,13 +8,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from export.int8.quantizable import is_constant
 from export.passes import PassResult
+from export.passes.weights import Product, add_constant, array_of, find_product, is_constant
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-MATRIX = 2
 
 
 class SplitProducts:
@@ -61,8 +59,9 @@ class Cut(NamedTuple):
 
 def _find(split: ir.Node) -> Cut | None:
     whole = split.inputs[0] if split.op_type == "Split" and split.domain == "" else None
-    product = whole.producer() if whole is not None else None
-    if whole is None or product is None or product.domain or product.op_type not in {"Gemm", "MatMul"}:
+    node = whole.producer() if whole is not None else None
+    product = find_product(node) if node is not None else None
+    if whole is None or node is None or product is None or product.weight is not node.inputs[1]:
         return None
     axis = split.attributes.get_int("axis", 0)
     last = whole.shape is not None and axis in {-1, len(whole.shape) - 1}
@@ -77,23 +76,19 @@ def _find(split: ir.Node) -> Cut | None:
         or any(part.is_graph_output() for part in split.outputs)
     ):
         return None
-    return Cut(split, product, constants, numbers)
+    return Cut(split, node, constants, numbers)
 
 
-def _constants(product: ir.Node, columns: int) -> tuple[tuple[ir.Value, int], ...] | None:
+def _constants(product: Product, columns: int) -> tuple[tuple[ir.Value, int], ...] | None:
     """Weights and bias with their columns' axes; None where there aren't so many, or others use them too."""
-    weight, *bias = product.inputs[1:]
-    axis = 0 if product.attributes.get_int("transB", 0) else 1
-    constants = [(weight, axis), *((value, 0) for value in bias if value is not None)]
-    found = []
-    for rank, (value, columns_axis) in zip((MATRIX, 1), constants, strict=False):
-        if value is None or not is_constant(value) or len(value.uses()) > 1 or value.const_value is None:
+    constants = [(product.weight, 0 if product.transposed else 1)]
+    if product.bias is not None:
+        if not is_constant(product.bias) or array_of(product.bias).ndim != 1:
             return None
-        shape = value.const_value.shape.numpy()
-        if len(shape) != rank or shape[columns_axis] != columns:
-            return None
-        found.append((value, columns_axis))
-    return tuple(found)
+        constants.append((product.bias, 0))
+    if any(len(value.uses()) > 1 or array_of(value).shape[axis] != columns for value, axis in constants):
+        return None
+    return tuple(constants)
 
 
 def _write(graph: ir.Graph, cut: Cut) -> None:
@@ -109,11 +104,8 @@ def _write(graph: ir.Graph, cut: Cut) -> None:
 
 
 def _pieces(graph: ir.Graph, value: ir.Value, axis: int, sizes: Sequence[int]) -> list[ir.Value]:
-    assert value.const_value is not None
-    arrays = np.split(value.const_value.numpy(), np.cumsum(sizes)[:-1], axis)
-    pieces = []
-    for index, array in enumerate(arrays):
-        name = f"{value.name}.{index}"
-        pieces.append(ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name)))
-        graph.register_initializer(pieces[-1])
-    return pieces
+    arrays = np.split(array_of(value), np.cumsum(sizes)[:-1], axis)
+    return [
+        add_constant(graph, f"{value.name}.{index}", np.ascontiguousarray(array))
+        for index, array in enumerate(arrays)
+    ]

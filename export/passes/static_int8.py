@@ -104,6 +104,8 @@ class StaticInt8:
             return f"a scale per channel needs opset {OLDEST_OPSET}, the graph has {opset}"
         if not any(is_product(node) for node in model.graph):
             return f"the graph has none of {', '.join(PRODUCTS)} with constant weights"
+        if not {str(node.name) for node in weighted_nodes(model.graph)} - self.exclude:
+            return "each layer with weights is excluded"
         values = {str(value.name) for value in rounded_values(model.graph)}
         if missing := sorted(values - set(self.ranges.bounds)):
             return f"no range for value {missing[0]!r}: calibrate the prepared graph that is to be quantized"

@@ -15,16 +15,16 @@ from onnx_ir.passes import common
 
 from export.errors import ExportError
 from export.passes import PassResult
+from export.passes.weights import MATRIX, add_constant, array_of, find_product, is_constant
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from typing_extensions import TypeIs
 
 DOMAIN = "com.microsoft"
-PRODUCTS = ("MatMul", "Gemm")
 QUANTIZED = ("MatMulNBits", "GatherBlockQuantized", "DequantizeLinear", "DynamicQuantizeLinear")
 BITS = (4, 8)
+PARTS = ("quantized", "scales", "zero_points")
 SMALLEST_BLOCK = 16
 # Ranges that are tried, as parts of the one from a block's smallest weight to its largest.
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -103,8 +103,7 @@ class Weight:
 
     def matrix(self) -> np.ndarray:
         """FP32 [outputs, depth]."""
-        assert self.value.const_value is not None
-        array = self.value.const_value.numpy()
+        array = array_of(self.value)
         return array if self.transposed else np.ascontiguousarray(array.T)
 
     @property
@@ -118,42 +117,23 @@ class Weight:
         return self._size(1 if self.transposed else 0)
 
     def _size(self, axis: int) -> int:
-        assert self.value.const_value is not None
-        size = self.value.const_value.shape[axis]
-        assert isinstance(size, int)
-        return size
+        return int(array_of(self.value).shape[axis])
 
 
 def product_weight(node: ir.Node) -> Weight | None:
     """The constant second operand of a product that MatMulNBits can stand for."""
-    if node.op_type not in PRODUCTS or node.domain or _attribute(node, "transA", 0):
-        return None
-    if any(_attribute(node, name, 1.0) != 1 for name in ("alpha", "beta")):
-        return None
-    value, transposed = node.inputs[1], bool(_attribute(node, "transB", 0))
-    producer = value.producer() if value is not None else None
-    if producer is not None and producer.op_type == "Transpose":
-        value, transposed = producer.inputs[0], not transposed
-    return Weight(value, transposed) if _is_matrix(value) else None
+    product = find_product(node)
+    return Weight(product.weight, product.transposed) if product else None
 
 
 def embedding_weight(node: ir.Node) -> Weight | None:
     """The constant matrix that a Gather takes rows of."""
-    if node.op_type != "Gather" or node.domain or _attribute(node, "axis", 0):
+    if node.op_type != "Gather" or node.domain != "" or node.attributes.get_int("axis", 0) != 0:
         return None
-    value = node.inputs[0]
-    return Weight(value, transposed=True) if _is_matrix(value) else None
-
-
-def _is_matrix(value: ir.Value | None) -> TypeIs[ir.Value]:
-    constant = value.const_value if value is not None and value.is_initializer() else None
-    return constant is not None and constant.dtype == ir.DataType.FLOAT and len(constant.shape) == 2  # noqa: PLR2004 - a matrix's axes
-
-
-def _attribute(node: ir.Node, name: str, default: float) -> float:
-    """A number; `default` where it isn't given."""
-    given = node.attributes.get(name)
-    return default if given is None else float(given.value)
+    table = node.inputs[0]
+    if not is_constant(table) or array_of(table).ndim != MATRIX:
+        return None
+    return Weight(table, transposed=True)
 
 
 class _Rewrite:
@@ -178,7 +158,9 @@ class _Rewrite:
         It takes in rows the bytes that MatMulNBits takes in [outputs, blocks, bytes].
         """
         packed, scales, zero_points = self._quantized(weight)
-        rows = ir.node("Reshape", [packed, self._initializer(f"{packed.name}_rows", np.array([0, -1]))])
+        name = f"{packed.name}_rows"
+        shape = self.graph.initializers.get(name) or add_constant(self.graph, name, np.array([0, -1]))
+        rows = ir.node("Reshape", [packed, shape])
         inputs = [rows.outputs[0], node.inputs[1], scales, zero_points]
         attributes = {"gather_axis": 0, "quantize_axis": 1}
         self._replace(node, [rows, self._node("GatherBlockQuantized", inputs, attributes)])
@@ -195,15 +177,12 @@ class _Rewrite:
         """Packed integers, scales and zero points of a weight."""
         if weight not in self.done:
             blocks = quantize_blocks(weight.matrix(), self.settings.bits, self.settings.block)
-            names = (f"{weight.value.name}_{part}" for part in ("quantized", "scales", "zero_points"))
-            arrays = pack(*blocks, self.settings.bits)
-            self.done[weight] = tuple(map(self._initializer, names, arrays))
+            name = f"{weight.value.name}{'' if weight.transposed else '_columns'}"
+            arrays = zip(PARTS, pack(*blocks, self.settings.bits), strict=True)
+            self.done[weight] = tuple(
+                add_constant(self.graph, f"{name}_{part}", array) for part, array in arrays
+            )
         return self.done[weight]
-
-    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
-        value = ir.val(name, const_value=ir.tensor(array, name=name))
-        self.graph.register_initializer(value)
-        return value
 
 
 def quantize_blocks(matrix: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -42,13 +42,14 @@ def test_prints_steps_table_and_next_command_but_no_noise(exported: Exported) ->
         "rebuild the network", "translate mobilenet to ONNX", "verify fp32 on 3500 held-out rows",
         "calibrate int8 for x86-vnni with 512 rows (minmax)", "verify int8 on 3500 held-out rows",
         "measure latency and memory", "write ", "",
-        "### mobilenet", "", "| graph | accuracy | size | batch 1 | batch 8 | memory |", "|---|",
-        "| fp32", "| int8", "", "accuracy on 3500 held-out rows; latency on 1 thread of ",
+        "### mobilenet, for x86-vnni", "",
+        "| graph | accuracy | size | batch 1 | batch 8 | memory |", "|---|", "| fp32", "| int8", "",
+        "accuracy on 3500 held-out rows (PyTorch: ", "", "- int8: minmax calibration",
     ]  # fmt: skip
     # Which is faster, and what is said of it, depends on the machine.
     ends = ["", "wrote ", f"next: onnxedge serve --model-repository {exported.repository}"]
     assert all(line.startswith(end) for line, end in zip(lines[-3:], ends, strict=True)), exported.printed
-    lines = [line for line in lines[:-3] if "gains nothing" not in line and "stays the default" not in line]
+    lines = [line for line in lines[:-3] if "gains nothing" not in line]
     assert len(lines) == len(starts), exported.printed
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), exported.printed
 
@@ -86,6 +87,62 @@ def test_another_version_without_the_default_graph_is_mentioned(
     assert config.default_model_filename == "model_q8.onnx"
     assert not (repository / "mobilenet" / "2" / "model.onnx").exists()
     assert (repository / "mobilenet" / "1" / "model.onnx").exists()
+
+
+NETS = """
+import torch
+
+def small():
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 2).eval(), torch.rand(64, 3)
+
+def large():
+    return torch.nn.Linear(5, 2).eval(), torch.rand(64, 5)
+"""
+
+
+def export_net(tmp_path: Path, function: str, *flags: str) -> Path:
+    """Export one of NETS as "net"; the entry."""
+    (tmp_path / "net.py").write_text(NETS)
+    shared = ("--to", str(tmp_path / "models"), "--precision", "fp32", "--name", "net")
+    assert main([f"{tmp_path / 'net.py'}:{function}", *shared, *flags]) == 0
+    return tmp_path / "models" / "net"
+
+
+def test_what_a_user_put_into_the_config_stays(tmp_path: Path) -> None:
+    entry = export_net(tmp_path, "small")
+    config = entry / "config.pbtxt"
+    config.write_text(config.read_text() + "version_policy { all {} }\n")
+    assert export_net(tmp_path, "small", "--version", "2", "--max-batch-size", "4") == entry
+    message = model_config_pb2.ModelConfig()
+    text_format.Parse(config.read_text(), message)
+    assert message.version_policy.HasField("all")
+    assert message.max_batch_size == 4
+    assert [tensor.name for tensor in message.input] == ["input"]
+
+
+def test_a_config_that_is_none_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = export_net(tmp_path, "small")
+    (entry / "config.pbtxt").write_text("name = 'net'")
+    flags = ("--to", str(tmp_path / "models"), "--precision", "fp32", "--name", "net")
+    assert main([f"{tmp_path / 'net.py'}:small", *flags]) == 1
+    assert "config.pbtxt: not a ModelConfig" in capsys.readouterr().err
+    assert (entry / "config.pbtxt").read_text() == "name = 'net'"
+
+
+def test_what_no_longer_fits_other_versions_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("yes\nno\n")
+    export_net(tmp_path, "small", "--labels", str(labels))
+    capsys.readouterr()
+    export_net(tmp_path, "large", "--version", "2")
+    said = capsys.readouterr().out
+    assert (
+        "note: version 2 has other inputs or outputs than config.pbtxt described up to now: version 1" in said
+    )
+    assert "note: the entry had a labels.txt, this export has none" in said
 
 
 def test_an_encoded_image_needs_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,3 +211,12 @@ def test_an_infinite_difference_is_valid_json(tmp_path: Path, capsys: pytest.Cap
     nan = save(tmp_path / "nan.onnx", [*zero, helper.make_node("Div", ["z", "z"], ["y"])], *info)
     assert main([str(one), str(nan), "--json", "--tolerance", "100"]) == 1
     assert json.loads(capsys.readouterr().out)["outputs"]["y"]["relative"] is None
+
+
+def test_sizes_that_are_not_of_the_rows_are_mentioned(tmp_path: Path) -> None:
+    path = graphs.write_model(tmp_path, graphs.identity(["n", "time"]))
+    np.savez(tmp_path / "rows.npz", x=np.ones((2, 5), np.float32))
+    (note,) = compare(path, path, inputs=tmp_path / "rows.npz", sizes={"time": 3}).notes
+    assert note == f"--shape is of the work; answers and latencies are of {tmp_path / 'rows.npz'}'s sizes"
+    assert compare(path, path, inputs=tmp_path / "rows.npz").notes == ()
+    assert compare(path, path, sizes={"time": 3}).notes == ()

@@ -260,7 +260,7 @@ def mine():
 """
     graph, _ = load(tmp_path, code, "mine")
     assert graph.suffix == "_x"
-    with pytest.raises(ExportError, match=r"returned a ServingGraph, which has .* drop the flags"):
+    with pytest.raises(ExportError, match=r"returned a ServingGraph, which has .* drop --dynamic"):
         load(tmp_path, code, "mine", EntryPointOptions.parse(["features:1=n"]))
 
 
@@ -411,8 +411,14 @@ def test_rows_that_do_not_fit_are_refused(arrays: dict[str, Any], expected: str,
 def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("a\n\nb\n")
-    with pytest.raises(ExportError, match=r"is no \.npz file of plain arrays"):
+    with pytest.raises(
+        ExportError, match=r"is no \.npz file of plain arrays; expected arrays .* numpy\.savez"
+    ):
         read_rows(path)
+    with pytest.raises(ExportError, match=r"--data .*nowhere: No such file"):
+        read_rows(tmp_path / "nowhere")
+    with pytest.raises(ExportError, match=r"--labels .*nowhere: No such file"):
+        read_labels(tmp_path / "nowhere")
     with pytest.raises(ExportError, match="line 2 is empty"):
         read_labels(path)
     path.write_bytes(b"caf\xe9")

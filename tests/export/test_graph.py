@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from export.errors import ExportError
-from export.graph import export_graph, serialize
+from export.graph import check_graph, export_graph, serialize
 from export.passes.flatten_normalization import FlattenNormalization
 from export.session import Session
 from train.family import ExampleInputs
@@ -118,3 +118,11 @@ def test_pooling_to_several_pixels_is_one_operator(pixels: int, size: int) -> No
     assert [node.op_type for node in graph.graph] == ["AveragePool"]
     found = Session(serialize(graph)).run({"x": x.numpy()})["y"]
     assert found == pytest.approx(Pooled(size)(x).numpy(), abs=1e-6)
+
+
+def test_more_weights_than_a_file_holds_are_refused(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.graph.LARGEST", 100_000)
+    with pytest.raises(ExportError, match=r"GB of weights, and an \.onnx file"):
+        check_graph(network.graph)

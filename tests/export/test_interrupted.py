@@ -122,7 +122,7 @@ def make():
 def entry(mark: str, version: int = 1, *, labels: bool = True) -> Entry:
     """What an export writes, so small that its content is told by its mark."""
     content = mark.encode()
-    shared = {"config.pbtxt": content} | ({"labels.txt": content} if labels else {})
+    shared = {"config.pbtxt": b"# " + content} | ({"labels.txt": content} if labels else {})
     files = {"model.onnx": content, "model_int8.onnx": content, "golden.npz": content}
     return Entry("net", version, shared, files, {"mark": mark})
 

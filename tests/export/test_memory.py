@@ -15,7 +15,7 @@ from onnxruntime import datasets
 from export import latency
 from export.errors import ExportError
 from export.isolation import run_isolated
-from export.memory import resident_bytes
+from export.memory import grown_bytes, resident_bytes
 from export.session import Session, providers, usable_providers
 from tests import graphs
 
@@ -73,9 +73,22 @@ def test_memory_of_a_graph_of_strings(tmp_path: Path) -> None:
 
 def test_memory_of_what_can_not_run_is_an_error() -> None:
     with pytest.raises(ExportError, match="can't load the graph"):
-        resident_bytes(b"nothing", {})
+        grown_bytes(b"nothing", {})
     with pytest.raises(ExportError, match="input 'x' is missing"):
-        resident_bytes(dense(4), {"other": np.ones((1, 256), np.float32)})
+        grown_bytes(dense(4), {"other": np.ones((1, 256), np.float32)})
+
+
+def test_without_a_figure_the_work_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resident_bytes(b"nothing", {}) is None
+    monkeypatch.setattr("export.memory.SECONDS", 0.01)
+    assert resident_bytes(dense(4), {"x": np.ones((1, 256), np.float32)}) is None
+
+
+def test_a_measurement_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is none, none stays behind, however the process ends."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    assert resident_bytes(dense(4), {"x": np.ones((1, 256), np.float32)})
 
 
 def test_a_child_that_hangs_or_dies_is_an_error(tmp_path: Path) -> None:
