@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.session import cycle
@@ -92,18 +91,3 @@ def _timed(session: Session, rows: Mapping[str, np.ndarray]) -> float:
     start = time.perf_counter()
     session.run(rows)
     return time.perf_counter() - start
-
-
-def processor() -> dict[str, str]:
-    """Model and integer dot product instructions of this processor, as Linux reports them."""
-    fields: dict[str, str] = {}
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else ():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    dot_products = [flag for flag in flags if "vnni" in flag or flag in {"asimddp", "i8mm"}]
-    return {
-        "model": fields.get("model name", "unknown"),
-        "dot_products": " ".join(dot_products) or "none",
-    }

@@ -92,12 +92,20 @@ def read_config(path: Path) -> model_config_pb2.ModelConfig:
     Raises:
         ExportError: it is no ModelConfig.
     """
+    return parse_config(path.read_bytes(), str(path)) if path.exists() else model_config_pb2.ModelConfig()
+
+
+def parse_config(content: bytes, source: str) -> model_config_pb2.ModelConfig:
+    """A config from its text; `source` is for the message.
+
+    Raises:
+        ExportError: it is no ModelConfig.
+    """
     config = model_config_pb2.ModelConfig()
-    if path.exists():
-        try:
-            text_format.Parse(path.read_text(encoding="utf-8"), config)
-        except (text_format.ParseError, UnicodeDecodeError) as error:
-            raise ExportError(f"{path}: not a ModelConfig ({error}); repair or remove it") from error
+    try:
+        text_format.Parse(content, config)
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise ExportError(f"{source}: not a ModelConfig ({error}); repair or remove it") from error
     return config
 
 

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from google.protobuf import text_format
 
 from export.errors import ExportError
-from export.model_config import LABELS, Served, config_file, labels_file, read_config, tensors
+from export.model_config import LABELS, Served, config_file, labels_file, parse_config, read_config, tensors
 from export.recipes import graph_file
 from export.report import make_report, table
 from export.repository import Entry, golden, write_entry
 from export.session import take
 from export.variants import make_variants
-from serve.pb import model_config_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -133,8 +131,7 @@ def _about_other_versions(folder: Path, entry: Entry) -> Iterator[str]:
                 f"version {path.name} has no {entry.report['file']}, which config.pbtxt now names for all "
                 f"versions: it can't be served; export it again with --version {path.name}, or remove it"
             )
-    config = model_config_pb2.ModelConfig()
-    text_format.Parse(entry.entry_files["config.pbtxt"], config)
+    config = parse_config(entry.entry_files["config.pbtxt"], "config.pbtxt")
     before = read_config(folder / "config.pbtxt")
     if versions and tensors(before) != tensors(config):
         yield (

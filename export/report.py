@@ -9,11 +9,10 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from export.latency import processor
 from export.metric_gate import figure, is_percentage
 from export.recipes import graph_file
 from export.session import CPU, INTRA_OP_THREADS
-from export.targets import provider
+from export.targets import processor, provider
 from train.checkpoint import current_versions
 
 if TYPE_CHECKING:

@@ -62,7 +62,7 @@ def _processor() -> Target | None:
     if machine in ARM64:
         return "arm64"
     if machine in X86:
-        return "x86-vnni" if VNNI.intersection(_processor_flags()) else "x86"
+        return "x86-vnni" if VNNI.intersection(_cpuinfo().get("flags", "").split()) else "x86"
     return None
 
 
@@ -72,11 +72,21 @@ def provider(target: Target) -> str:
     return wanted if wanted in usable_providers() else CPU
 
 
-def _processor_flags() -> list[str]:
-    if not CPUINFO.exists():
-        return []
-    for line in CPUINFO.read_text(encoding="utf-8").splitlines():
+def processor() -> dict[str, str]:
+    """Model and integer dot product instructions of this processor, as Linux reports them."""
+    fields = _cpuinfo()
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    dot_products = [flag for flag in flags if "vnni" in flag or flag in {"asimddp", "i8mm"}]
+    return {
+        "model": fields.get("model name", "unknown"),
+        "dot_products": " ".join(dot_products) or "none",
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Linux's description of the first processor; empty elsewhere."""
+    fields: dict[str, str] = {}
+    for line in CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.exists() else ():
         name, _, value = line.partition(":")
-        if name.strip() == "flags":
-            return value.split()
-    return []
+        fields.setdefault(name.strip(), value.strip())
+    return fields

@@ -114,17 +114,17 @@ def compare(found: Arrays, original: Arrays) -> Differences:
     return {name: output_difference(found[name], original[name]) for name in original}
 
 
-def check_parity(differences: Differences, limit: float = PARITY) -> None:
+def check_parity(differences: Differences) -> None:
     """The fp32 gate.
 
     Raises:
-        ExportError: an output is off by more than `limit` of the original's largest value.
+        ExportError: an output is off by more than 1e-4 of the original's largest value.
     """
     for name, found in differences.items():
-        if not found.relative <= limit:
+        if not found.relative <= PARITY:
             raise ExportError(
                 f"fp32 parity: output {name!r} of the graph is off by {found.relative:.2e} of the largest "
-                f"value, allowed {limit:.0e}; an operator was translated wrongly: compare the module's "
+                f"value, allowed {PARITY:.0e}; an operator was translated wrongly: compare the module's "
                 "layers with the graph's one by one"
             )
 

@@ -21,10 +21,11 @@ from export.inspection.compare_table import table
 from export.inspection.graph_file import graph_path, read_graph
 from export.inspection.inspect import Inspection, inspect_graph
 from export.inspection.samples import Samples, candidates, fit, is_batched
-from export.inspection.signature import graph_inputs, parse_sizes, symbols
-from export.latency import BATCHES, interleave, processor
+from export.inspection.signature import add_shape_flag, given_sizes, graph_inputs, symbols
+from export.latency import BATCHES, interleave
 from export.memory import grown_bytes
 from export.session import BATCH, Session, cycle
+from export.targets import processor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0, or 1 after an error, or where an output is further off than `--tolerance`.
     """
     options = _parser().parse_args(arguments)
-    sizes = {name: size for given in options.shape for name, size in given.items()}
+    sizes = given_sizes(options)
     try:
         found = compare(options.first, options.second, inputs=options.inputs, sizes=sizes)
     except (ExportError, OSError) as error:
@@ -257,14 +258,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ROWS.npz",
         help="arrays named as the inputs (default: golden.npz beside A or B, else random numbers)",
     )
-    parser.add_argument(
-        "--shape",
-        action="append",
-        default=[],
-        type=parse_sizes,
-        metavar="AXIS=SIZE,...",
-        help="sizes of symbolic axes in random rows (default: 1 each, 16 rows)",
-    )
+    add_shape_flag(parser, "sizes of symbolic axes in random rows (default: 1 each, 16 rows)")
     parser.add_argument(
         "--tolerance",
         type=float,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from export.inspection.description import megabytes, prefixed
-from export.latency import processor
 from export.session import INTRA_OP_THREADS
+from export.targets import processor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import onnx
-from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 
 from export.errors import ExportError
-from serve.pb import model_config_pb2
+from export.model_config import read_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +40,7 @@ def graph_path(path: Path) -> Path:
 
 
 def _in_version(version: Path, config: Path) -> Path:
-    name = _default_filename(config) or DEFAULT
+    name = read_config(config).default_model_filename or DEFAULT
     if (version / name).is_file():
         return version / name
     graphs = sorted(version.glob("*.onnx"))
@@ -49,17 +48,6 @@ def _in_version(version: Path, config: Path) -> Path:
         return graphs[0]
     found = ", ".join(graph.name for graph in graphs) or "no .onnx file"
     raise ExportError(f"{version}: expected {name}, found {found}; name the file itself")
-
-
-def _default_filename(config: Path) -> str:
-    if not config.is_file():
-        return ""
-    parsed = model_config_pb2.ModelConfig()
-    try:
-        text_format.Parse(config.read_bytes(), parsed)
-    except (text_format.ParseError, UnicodeDecodeError) as error:
-        raise ExportError(f"{config}: not a ModelConfig in text format: {error}") from error
-    return parsed.default_model_filename
 
 
 def read_graph(path: Path) -> onnx.ModelProto:

@@ -24,11 +24,12 @@ from export.inspection.graph_file import graph_path, nodes, read_graph
 from export.inspection.parameters import Parameters, constants, count_parameters
 from export.inspection.signature import (
     Tensor,
+    add_shape_flag,
     axis_sizes,
     describe_value,
+    given_sizes,
     graph_inputs,
     input_values,
-    parse_sizes,
     symbols,
 )
 from export.inspection.trace import Trace, trace
@@ -184,7 +185,7 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0, or 1 when a graph could not be inspected; the others are all the same.
     """
     options = _parser().parse_args(arguments)
-    sizes = {name: size for given in options.shape for name, size in given.items()}
+    sizes = given_sizes(options)
     found, failed = [], False
     for path in options.paths:
         try:
@@ -207,13 +208,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="GRAPH", help=".onnx file, version folder or entry folder"
     )
-    parser.add_argument(
-        "--shape",
-        action="append",
-        default=[],
-        type=parse_sizes,
-        metavar="AXIS=SIZE,...",
-        help="sizes of symbolic axes (default: 1 each); an axis without a name is INPUT.NUMBER",
-    )
+    add_shape_flag(parser, "sizes of symbolic axes (default: 1 each); an axis without a name is INPUT.NUMBER")
     parser.add_argument("--json", action="store_true", help="print a JSON list, with everything in it")
     return parser

@@ -85,6 +85,18 @@ def input_values(inputs: Sequence[Tensor], sizes: Mapping[str, int]) -> dict[str
     return values
 
 
+def add_shape_flag(parser: argparse.ArgumentParser, explanation: str) -> None:
+    """Give a command `--shape`, which may be repeated; `given_sizes` reads it."""
+    parser.add_argument(
+        "--shape", action="append", default=[], type=parse_sizes, metavar="AXIS=SIZE,...", help=explanation
+    )
+
+
+def given_sizes(options: argparse.Namespace) -> dict[str, int]:
+    """Symbolic axis to size, of all `--shape`."""
+    return {name: size for given in options.shape for name, size in given.items()}
+
+
 def parse_sizes(text: str) -> dict[str, int]:
     """`time=128,height=224` as a mapping; names may hold commas and equal signs themselves.
 

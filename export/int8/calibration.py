@@ -100,10 +100,10 @@ def calibrate(prepared: ir.Model, data: Mapping[str, np.ndarray], method: Method
         return Ranges(method, rows(data), {})
     proto = ir.to_proto(prepared)
     fixed = fixed_batch(prepared)
-    mean, extremes = _extremes(proto, names, data, fixed)
+    mean, whole = extremes(proto, names, data, fixed)
     if method == "minmax":
         return Ranges(method, rows(data), mean)
-    histograms = _histograms(proto, extremes, data, fixed)
+    histograms = _histograms(proto, whole, data, fixed)
     bounds = {name: THRESHOLDS[method](histogram) for name, histogram in histograms.items()}
     return Ranges(method, rows(data), bounds)
 
@@ -165,10 +165,23 @@ def _infer_shapes(model: ir.Model) -> ir.Model:
     return ir.from_proto(inferred)
 
 
-def _extremes(
+def extremes(
     proto: onnx.ModelProto, names: list[str], data: Mapping[str, np.ndarray], fixed: int | None
 ) -> tuple[Bounds, Bounds]:
-    """The means of the batches' smallest and largest numbers, and those of all rows."""
+    """The means of the batches' smallest and largest numbers, and those of all rows.
+
+    Args:
+        proto: a graph; stays as it is.
+        names: float values of it.
+        data: input name to rows [n, ...].
+        fixed: the size of the graph's batch, where it is constant.
+
+    Returns:
+        Value name to smallest and largest, the means and then the extremes.
+
+    Raises:
+        ExportError: a value becomes NaN or infinite.
+    """
     session = Session(_with_extremes(proto, names).SerializeToString())
     progress = _progress(batches(data, fixed or BATCH, fill=fixed is not None), data, "calibrate")
     found = [session.run(batch) for batch in progress]
@@ -200,16 +213,16 @@ def _with_extremes(proto: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
 
 
 def _histograms(
-    proto: onnx.ModelProto, extremes: Bounds, data: Mapping[str, np.ndarray], fixed: int | None
+    proto: onnx.ModelProto, whole: Bounds, data: Mapping[str, np.ndarray], fixed: int | None
 ) -> dict[str, Histogram]:
     """How often each value's numbers come, over all rows."""
     changed = onnx.ModelProto()
     changed.CopyFrom(proto)
     del changed.graph.output[:]
     changed.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in extremes
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in whole
     )
-    histograms = {name: Histogram(low, high) for name, (low, high) in extremes.items()}
+    histograms = {name: Histogram(low, high) for name, (low, high) in whole.items()}
     session = Session(changed.SerializeToString())
     size = fixed or _affordable(session, data)
     for batch in _progress(batches(data, size, fill=fixed is not None), data, "count"):

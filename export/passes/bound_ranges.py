@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from export.graph import serialize
+from export.int8.calibration import extremes
 from export.passes import PassResult
 from export.passes.dynamic_int8 import QUANTIZED, is_quantizable
 from export.passes.weights import add_constant, array_of, find_product
-from export.session import BATCH, Session, rows, take
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 MARGIN = 1.5
 """The bound is so much above the largest value among the calibration rows; what lies above it is clipped."""
@@ -69,11 +68,12 @@ class BoundRanges:
         graph = model.graph
         nodes = [node for node in graph if is_quantizable(node)]
         values = [value for node in nodes if (value := node.inputs[0]) is not None]
-        bounds = _largest(model, values, self.calibration)
+        names = list(dict.fromkeys(str(value.name) for value in values))
+        _, reached = extremes(ir.to_proto(model), names, self.calibration, None)
         bounded: dict[ir.Value, ir.Value] = {}
         for node, value in zip(nodes, values, strict=True):
             if value not in bounded:
-                bound = MARGIN * bounds[str(value.name)] or 1.0
+                bound = MARGIN * max(map(abs, reached[str(value.name)])) or 1.0
                 bounded[value] = _bounded(graph, node, value, bound)
             node.replace_input_with(0, bounded[value])
             if node.op_type == "LSTM":
@@ -92,24 +92,6 @@ def _is_plain(node: ir.Node) -> bool:
         return False
     unknown = (4, 7)  # sequence_lens and P
     return all(len(node.inputs) <= index or node.inputs[index] is None for index in unknown)
-
-
-def _largest(
-    model: ir.Model, values: Sequence[ir.Value], calibration: Mapping[str, np.ndarray]
-) -> dict[str, float]:
-    """Largest absolute value of each over the calibration rows."""
-    outputs = tuple(model.graph.outputs)
-    inner = [value for value in dict.fromkeys(values) if not value.is_graph_input()]
-    try:
-        model.graph.outputs[:] = [*outputs, *(value for value in inner if value not in outputs)]
-        session = Session(serialize(model))
-    finally:
-        model.graph.outputs[:] = outputs
-    largest = {name: float(np.abs(array).max()) for name, array in calibration.items()}
-    for start in range(0, rows(calibration), BATCH):
-        for name, array in session.run(take(calibration, start, start + BATCH)).items():
-            largest[name] = max(largest.get(name, 0.0), float(np.abs(array).max()))
-    return largest
 
 
 def _widen_lstm(graph: ir.Graph, node: ir.Node) -> None:

@@ -15,8 +15,8 @@ import onnxruntime
 import torch
 
 from export.graph import export_graph, serialize
-from export.latency import processor
 from export.passes.weight_only import WeightOnly
+from export.targets import processor
 from train.decoding import CachedGPT
 from train.gpt_serving import decode_graph
 from train.transformer import GPT, initialize

@@ -14,12 +14,12 @@ from torch import nn
 
 from export.graph import export_graph, serialize
 from export.int8.calibration import calibrate, prepare
-from export.latency import BATCHES, measure, processor
+from export.latency import BATCHES, measure
 from export.passes.clean_up import CleanUp
 from export.passes.flatten_normalization import FlattenNormalization
 from export.passes.static_int8 import SCHEMES, StaticInt8
 from export.session import Session
-from export.targets import Target, this_target
+from export.targets import Target, processor, this_target
 from train import bert, mobilenet, resnet
 from train.bert_classification import ServedClassifier
 from train.image_classification import PixelInput

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from export.graph import export_graph, serialize
-from export.latency import measure, processor
+from export.latency import BATCHES, measure
 from export.passes.bound_ranges import BoundRanges
 from export.passes.dynamic_int8 import DynamicInt8
 from export.session import Session, take
+from export.targets import processor
 from train import lstm
 from train.checkpoint import load_checkpoint
 from train.family import ExampleInputs
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from train.family import ServingGraph
 
 TIME, INPUTS, HORIZON = 96, 7, 24
-BATCHES = (1, 8)
 ROWS = 64
 SERIES = np.random.default_rng(0).standard_normal((ROWS, TIME, INPUTS), dtype=np.float32)
 EXAMPLE = ExampleInputs(
