@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -133,8 +134,9 @@ def check_likeness(precision: Precision, differences: Differences) -> None:
     """The gate of outputs that the metric doesn't read.
 
     Raises:
-        GateError: one is unlike the original's.
+        GateError: one is unlike the original's, or not finite.
     """
+    require_finite(precision, differences)
     for name, found in differences.items():
         alike = found.equal if found.cosine is None else max(found.cosine, found.equal)
         if not alike >= LIKENESS:
@@ -142,6 +144,20 @@ def check_likeness(precision: Precision, differences: Differences) -> None:
                 f"{precision} output {name!r}: {alike:.3f} alike to PyTorch's (cosine, or share of equal "
                 f"numbers), expected at least {LIKENESS}; take a precision of more bits or leave the output "
                 "out"
+            )
+
+
+def require_finite(precision: Precision, differences: Differences) -> None:
+    """Refuse NaN and infinity, of which torch's answers have none.
+
+    Raises:
+        GateError: an output holds some; the cosine leaves such numbers out.
+    """
+    for name, found in differences.items():
+        if not math.isfinite(found.relative):
+            raise GateError(
+                f"{precision} output {name!r} holds NaN or infinity where PyTorch's is finite: a number has "
+                "left the precision's range; take another precision"
             )
 
 
@@ -206,6 +222,7 @@ def check_shapes(
         Output name to the largest difference from torch, by the largest value.
 
     Raises:
+        GateError: a graph answers NaN or infinity.
         ExportError: an fp32 graph is off by more than 1e-4, or a graph answers another shape.
     """
     largest: dict[str, float] = {}
@@ -215,6 +232,7 @@ def check_shapes(
         differences = compare(session.run_in_batches(inputs), expected)
         if precision == "fp32":
             check_parity(differences)
+        require_finite(precision, differences)
         for name, found in differences.items():
             largest[name] = max(largest.get(name, 0.0), found.relative)
     return largest

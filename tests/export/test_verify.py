@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from export.__main__ import main
-from export.errors import ExportError
+from export.errors import ExportError, GateError
 from export.graph import export_graph, serialize
 from export.metric_gate import lost
 from export.original import run_original
 from export.session import Session
-from export.verify import check_parity, check_rows, compare, verify
+from export.verify import check_likeness, check_parity, check_rows, compare, verify
 from train import mobilenet
 from train.family import ExampleInputs, Metric, ServingData, ServingGraph
 
@@ -162,3 +162,6 @@ def test_refuses_outputs_that_are_not_numbers() -> None:
     bad[0, 0] = np.nan
     with pytest.raises(ExportError, match="off by inf"):
         check_parity(compare({"y": bad}, {"y": good}))
+    # One NaN among many numbers leaves the cosine of the others at 1.
+    with pytest.raises(GateError, match="fp16 output 'y' holds NaN or infinity"):
+        check_likeness("fp16", compare({"y": bad}, {"y": good}))
