@@ -3,47 +3,106 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from collections import deque
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from serve.classification import classify
-from serve.datatypes import DATATYPES
+from serve.batcher import InOrder
+from serve.encoded_image import decode_pool
 from serve.errors import (
     CanceledError,
-    DeadlineExceededError,
     InternalError,
     InvalidArgumentError,
+    RetiredError,
     ServeError,
+    UnavailableError,
 )
 from serve.executor import Executor
-from serve.request import InferResponse, RequestedOutput, Tensor
+from serve.implicit_state import ImplicitState
+from serve.request import InferResponse
+from serve.request_check import check_request, rows_and_shape
+from serve.runner import Runner
 from serve.scheduler import QueuedRequest
+from serve.scheduling import choose_scheduler, complete_scheduling
+from serve.sequence import SequenceScheduler
 from serve.statistics import Statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
-    from serve.encoded_image import EncodedImage
-    from serve.model_config import ModelConfig, TensorSpec
+    from serve.model_config import ModelConfig
     from serve.request import Call, InferRequest
     from serve.session import Session
+    from serve.settings import ServerSettings
+    from serve.warmup import WarmUp
 
 
 class ModelVersion:
-    """A model version that answers requests."""
+    """A model version that answers requests.
 
-    def __init__(self, version: int, config: ModelConfig, session: Session, instances: int) -> None:
-        """Start to serve; at most `instances` runs go on at once."""
+    Attributes:
+        name, version, config: what it is.
+        statistics: what it has answered so far.
+        memory_bytes: what loading it added to the process's memory.
+        warm_up: what was measured when it was loaded.
+        shares_runs: whether several requests may be answered by one run.
+    """
+
+    def __init__(
+        self,
+        version: int,
+        config: ModelConfig,
+        session: Session,
+        *,
+        instances: int,
+        warm_up: WarmUp,
+        settings: ServerSettings,
+        folder: Path,
+    ) -> None:
+        """Start to serve.
+
+        Args:
+            version: its number.
+            config: what it takes and gives.
+            session: the loaded graph; `close` closes it.
+            instances: runs at once.
+            warm_up: what was found when it was loaded.
+            settings: the server's.
+            folder: the model's, which holds sequences' initial states.
+
+        Raises:
+            ModelLoadError: the config's scheduling doesn't fit the graph.
+        """
         self.name = config.name
         self.version = version
         self.config = config
         self.statistics = Statistics()
+        self.memory_bytes = 0
+        self.warm_up = warm_up
         self._session = session
-        self._all_outputs = {name: RequestedOutput(name) for name in config.outputs}
-        self._executor = Executor(f"{self.name}/{version}", instances, self._answer, self._drop)
+        choice = choose_scheduler(config, instances, settings, warm_up)
+        self.shares_runs = choice.shares_runs
+        self._batching = choice.reason
+        self._scheduler = choice.scheduler
+        states = None
+        if isinstance(self._scheduler, SequenceScheduler):
+            states = ImplicitState(
+                self._scheduler.settings, session.inputs, session.outputs, config.max_batch_size, folder
+            )
+        complete_scheduling(config.message, self._scheduler)
+        self._runner = Runner(config, session, states)
+        self._may_batch = config.max_batch_size > 0
+        ordered = config.message.dynamic_batching.preserve_ordering
+        self._in_order: InOrder | None = InOrder() if ordered else None
+        self._order_lock = threading.RLock()
+        self._released: deque[tuple[QueuedRequest, InferResponse | ServeError]] = deque()
+        self._releasing = False
+        self._executor = Executor(
+            f"{self.name}/{version}", instances, self._scheduler, self._answer, self._drop
+        )
 
     @property
     def pending(self) -> int:
@@ -55,6 +114,25 @@ class ModelVersion:
         """The execution providers in use."""
         return self._session.providers
 
+    @property
+    def placement(self) -> Mapping[str, int]:
+        """How many of the graph's nodes run on each provider."""
+        return self._session.placement.nodes
+
+    @property
+    def live_sequences(self) -> int:
+        """How many sequences have a state here."""
+        return self._scheduler.live if isinstance(self._scheduler, SequenceScheduler) else 0
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """What clients may want to know beside the config, for ModelMetadata."""
+        return {
+            "execution_providers": ",".join(self.providers),
+            "batching": self._batching,
+            **self._session.placement.properties(),
+        }
+
     def submit(self, request: InferRequest, call: Call, *, inline: bool) -> Future[InferResponse]:
         """Check a request and have it run.
 
@@ -64,140 +142,139 @@ class ModelVersion:
             inline: the caller will wait for the answer anyway, so its thread may run the graph.
 
         Raises:
-            InvalidArgumentError: the request doesn't fit the model, or an image in it can't be decoded.
+            InvalidArgumentError: the request doesn't fit the model.
+            UnavailableError: the queue is full.
+            RetiredError: the version takes no requests any more.
         """
+        future: Future[InferResponse] = Future()
+        queued = QueuedRequest(request, call, future)
         try:
-            self._check(request)
-            if self.config.encoded_image is not None:
-                request.inputs = _decode_images(self.config.encoded_image, request.inputs)
+            check_request(self.config, request)
+            if self._may_batch:
+                queued.rows, queued.shape = rows_and_shape(self.config, request.inputs)
         except InvalidArgumentError:
             self.statistics.record_failure("OTHER", call.received_ns)
             raise
-        future: Future[InferResponse] = Future()
+        call.rows = queued.rows
         call.future = future
-        call.queued_ns = time.monotonic_ns()
-        self._executor.submit(QueuedRequest(request, call, future), inline=inline)
+        if self.config.encoded_image is not None:
+            self._executor.reserve()
+            self._expect(queued)
+            decode_pool().submit(self._decode_and_enqueue, queued)
+        else:
+            self._expect(queued)
+            self._enqueue(queued, inline=inline)
         return future
 
     def close(self) -> None:
-        """Answer what waits, then give the threads back."""
+        """Answer what waits, then give the threads and the graph back."""
         self._executor.close()
+        self._session.close()
 
-    def _check(self, request: InferRequest) -> None:
-        specs = self.config.inputs
-        for tensor in request.inputs:
-            spec = specs.get(tensor.name)
-            if spec is None:
-                raise InvalidArgumentError(
-                    f"unexpected inference input '{tensor.name}' for model '{self.name}', "
-                    f"it has {list(specs)}"
-                )
-            spec.check(tensor)
-        if len({tensor.name for tensor in request.inputs}) != len(specs) or len(request.inputs) != len(specs):
-            raise InvalidArgumentError(
-                f"model '{self.name}' expects each of the inputs {list(specs)} once, "
-                f"got {[tensor.name for tensor in request.inputs]}"
-            )
-        if self.config.max_batch_size:
-            self._check_batch(request.inputs)
-        for output in request.outputs:
-            if output.name not in self.config.outputs:
-                raise InvalidArgumentError(
-                    f"unexpected inference output '{output.name}' for model '{self.name}', "
-                    f"it has {list(self.config.outputs)}"
-                )
+    def _expect(self, queued: QueuedRequest) -> None:
+        if self._in_order is not None:
+            with self._order_lock:
+                self._in_order.expect(queued)
 
-    def _check_batch(self, inputs: Sequence[Tensor]) -> None:
-        sizes = {tensor.name: tensor.array.shape[0] for tensor in inputs}
-        batch = next(iter(sizes.values()))
-        if any(size != batch for size in sizes.values()):
-            raise InvalidArgumentError(f"model '{self.name}': inputs differ in batch size: {sizes}")
-        if not 1 <= batch <= self.config.max_batch_size:
-            raise InvalidArgumentError(
-                f"model '{self.name}': batch size {batch} is not in 1 to {self.config.max_batch_size} "
-                "(max_batch_size)"
-            )
+    def _enqueue(self, queued: QueuedRequest, *, inline: bool) -> None:
+        queued.call.queued_ns = time.monotonic_ns()
+        try:
+            self._executor.submit(queued, inline=inline)
+        except RetiredError:
+            self._settle(queued, CanceledError("another version takes it"))
+            raise
+        except ServeError as error:
+            self._settle(queued, error, "REJECTED" if isinstance(error, UnavailableError) else "OTHER")
 
-    def _answer(self, queued: QueuedRequest) -> None:
-        """Run a request and settle its future, whatever happens."""
-        future = queued.future
-        if not future.set_running_or_notify_cancel():
-            self.statistics.record_failure("CANCELED", queued.call.received_ns)
+    def _decode_and_enqueue(self, queued: QueuedRequest) -> None:
+        """Decode the image files of a request, on a thread that is not the transport's, and go on."""
+        encoded = self.config.encoded_image
+        assert encoded is not None
+        try:
+            if queued.future.cancelled():
+                self._settle(queued, CanceledError("the request was cancelled"), "CANCELED")
+                return
+            queued.request.inputs = encoded.decode_tensors(queued.request.inputs)
+            queued.shape = rows_and_shape(self.config, queued.request.inputs)[1] if self._may_batch else ()
+            self._enqueue(queued, inline=False)
+        except InvalidArgumentError as error:
+            self._settle(queued, error, "OTHER")
+        except Exception as error:  # noqa: BLE001 - a waiter must never be left without an answer
+            self._settle(queued, InternalError(f"model '{self.name}': {error!r}"), "OTHER")
+        finally:
+            self._executor.unreserve()
+
+    def _answer(self, batch: Sequence[QueuedRequest]) -> None:
+        """Run a batch and settle each future, whatever happens."""
+        live = []
+        for queued in batch:
+            if queued.future.set_running_or_notify_cancel():
+                live.append(queued)
+            else:
+                self._settle(queued, CanceledError("the request was cancelled while it waited"), "CANCELED")
+        if not live:
             return
         try:
-            response = self._run(queued.request, queued.call)
-        except CanceledError as error:
-            self._fail(queued, "CANCELED", error)
-        except InvalidArgumentError as error:
-            self._fail(queued, "OTHER", error)
-        except ServeError as error:
-            self._fail(queued, "BACKEND", error)
+            answers = self._runner.run(live)
         except Exception as error:  # noqa: BLE001 - a waiter must never be left without an answer
-            self._fail(queued, "BACKEND", InternalError(f"model '{self.name}': {error!r}"))
+            self._fail(live, error)
+            return
+        self.statistics.record_run(sum(queued.rows for queued in live), [queued.call for queued in live])
+        for queued, outputs in zip(live, answers, strict=True):
+            self._settle(queued, InferResponse(self.name, str(self.version), queued.request.id, outputs))
+
+    def _fail(self, batch: Sequence[QueuedRequest], error: Exception) -> None:
+        """Answer a run that failed; of several requests each is run again alone, for one may be at fault."""
+        if len(batch) > 1:
+            for queued in batch:
+                self._answer_alone(queued)
+            return
+        if isinstance(error, CanceledError):
+            self._settle(batch[0], error, "CANCELED")
+        elif isinstance(error, InvalidArgumentError):
+            self._settle(batch[0], error, "OTHER")
+        elif isinstance(error, ServeError):
+            self._settle(batch[0], error, "BACKEND")
         else:
-            future.set_result(response)
+            self._settle(batch[0], InternalError(f"model '{self.name}': {error!r}"), "BACKEND")
 
-    def _run(self, request: InferRequest, call: Call) -> InferResponse:
-        started = time.monotonic_ns()
-        feed = {tensor.name: _onnx_array(tensor) for tensor in request.inputs}
-        wanted = self._wanted_outputs(request.outputs)
-        ready = time.monotonic_ns()
-        arrays = self._session.run(feed, list(wanted), call)
-        ran = time.monotonic_ns()
-        outputs = tuple(
-            self._output(self.config.outputs[output.name], array, output.classification)
-            for output, array in zip(wanted.values(), arrays, strict=True)
-        )
-        rows = request.inputs[0].array.shape[0] if self.config.max_batch_size else 1
-        stamps = (call.received_ns, call.queued_ns, started, ready, ran, time.monotonic_ns())
-        self.statistics.record_success(rows, stamps)
-        return InferResponse(self.name, str(self.version), request.id, outputs)
+    def _answer_alone(self, queued: QueuedRequest) -> None:
+        try:
+            (outputs,) = self._runner.run([queued])
+        except Exception as error:  # noqa: BLE001 - a waiter must never be left without an answer
+            self._fail([queued], error)
+            return
+        self.statistics.record_run(queued.rows, [queued.call])
+        self._settle(queued, InferResponse(self.name, str(self.version), queued.request.id, outputs))
 
-    def _wanted_outputs(self, requested: Sequence[RequestedOutput]) -> dict[str, RequestedOutput]:
-        """The outputs by name, each once; all of them where none is named."""
-        return {output.name: output for output in requested} if requested else self._all_outputs
+    def _drop(self, queued: QueuedRequest, error: ServeError) -> None:
+        self._settle(queued, error, "CANCELED" if isinstance(error, CanceledError) else "REJECTED")
 
-    def _output(self, spec: TensorSpec, array: np.ndarray, classification: int) -> Tensor:
-        tensor = Tensor(spec.name, spec.datatype, np.asarray(array))
-        if not classification:
-            return tensor
-        return classify(tensor, classification, spec.labels, batched=self.config.max_batch_size > 0)
+    def _settle(
+        self, queued: QueuedRequest, answer: InferResponse | ServeError, failure: str | None = None
+    ) -> None:
+        """Give a request its answer, in order of arrival where the config asks for it."""
+        if failure is not None:
+            self.statistics.record_failure(failure, queued.call.received_ns)
+        if self._in_order is None:
+            _set(queued.future, answer)
+            return
+        with self._order_lock:
+            self._released.extend(self._in_order.finish(queued, answer))
+            if self._releasing:  # further up on this thread's stack, in a callback of a future: it goes on
+                return
+            self._releasing = True
+            try:
+                while self._released:
+                    ready, its_answer = self._released.popleft()
+                    _set(ready.future, its_answer)
+            finally:
+                self._releasing = False
 
-    def _drop(self, queued: QueuedRequest) -> None:
-        if queued.future.cancelled():
-            self.statistics.record_failure("CANCELED", queued.call.received_ns)
+
+def _set(future: Future[InferResponse], answer: InferResponse | ServeError) -> None:
+    with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+        if isinstance(answer, ServeError):
+            future.set_exception(answer)
         else:
-            error = DeadlineExceededError(f"model '{self.name}': the deadline passed in the queue")
-            self._fail(queued, "REJECTED", error)
-
-    def _fail(self, queued: QueuedRequest, reason: str, error: ServeError) -> None:
-        self.statistics.record_failure(reason, queued.call.received_ns)
-        with contextlib.suppress(InvalidStateError):  # cancelled between the check and here
-            queued.future.set_exception(error)
-
-
-def _decode_images(encoded: EncodedImage, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The inputs with pixels in the place of image files, on the thread of the request."""
-    return tuple(
-        Tensor(tensor.name, DATATYPES["UINT8"], encoded.decode(tensor.array))
-        if tensor.name == encoded.name
-        else tensor
-        for tensor in inputs
-    )
-
-
-def _onnx_array(tensor: Tensor) -> np.ndarray:
-    """The array as onnxruntime takes it: strings are `str` there.
-
-    Raises:
-        InvalidArgumentError: a BYTES element is not UTF-8, the only text that a graph's string tensor holds.
-    """
-    if tensor.datatype.name != "BYTES":
-        return tensor.array
-    try:
-        texts = [element.decode() for element in tensor.array.flat]
-    except UnicodeDecodeError as error:
-        raise InvalidArgumentError(f"input '{tensor.name}': the model takes UTF-8 text: {error}") from error
-    array = np.empty(tensor.array.size, dtype=object)
-    array[:] = texts
-    return array.reshape(tensor.array.shape)
+            future.set_result(answer)

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve.errors import CanceledError, DeadlineExceededError
 from serve.request import Call, InferRequest
 from serve.scheduler import DefaultScheduler, QueuedRequest
 
@@ -25,24 +26,40 @@ def test_the_living_run_in_order_and_nothing_is_lost(
     scheduler = DefaultScheduler()
     items = [queued(deadline) for deadline, _ in requests]
     for item, (_, cancel) in zip(items, requests, strict=True):
-        scheduler.enqueue(item)
+        scheduler.enqueue(item, 0)
         if cancel:
             item.future.cancel()
     run, dropped = [], []
     while len(scheduler):
         decision = scheduler.next(now)
-        run += [decision.run] if decision.run else []
+        assert len(decision.batch) <= 1
+        run += decision.batch
         dropped += decision.dropped
+        scheduler.finished(decision.batch, now)
     alive = [
         item
         for item, (deadline, cancel) in zip(items, requests, strict=True)
         if not cancel and (deadline is None or deadline > now)
     ]
     assert run == alive
-    assert dropped == [item for item in items if item not in alive]
+    assert [item for item, _ in dropped] == [item for item in items if item not in alive]
+    for item, reason in dropped:
+        assert isinstance(reason, CanceledError if item.future.cancelled() else DeadlineExceededError)
 
 
 def test_an_empty_queue_has_nothing_to_do() -> None:
     decision = DefaultScheduler().next(0)
-    assert decision.run is None
+    assert decision.batch == []
     assert decision.dropped == []
+    assert decision.wake_at is None
+
+
+def test_a_cancelled_request_leaves_at_once() -> None:
+    scheduler = DefaultScheduler()
+    first, second = queued(), queued()
+    scheduler.enqueue(first, 0)
+    scheduler.enqueue(second, 0)
+    assert scheduler.remove(first)
+    assert not scheduler.remove(first)
+    assert scheduler.next(0).batch == [second]
+    assert not scheduler.remove(second)
