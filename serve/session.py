@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,23 +18,21 @@ from serve.errors import (
     InvalidArgumentError,
     ModelLoadError,
 )
+from serve.fallback import GRAPH_LEVELS, open_session
+from serve.providers import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from serve.placement import Placement
+    from serve.providers import Accelerator
     from serve.request import Call
 
 _BFLOAT16 = "tensor(bfloat16)"
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 
-# Triton's optimization.graph.level: 0 is "not set", 2 switches every optimization off.
-_GRAPH_LEVELS = {
-    0: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    -1: ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-}
+SHRINKAGE = "memory.enable_memory_arena_shrinkage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +40,53 @@ class SessionSettings:
     """How a graph is to be run.
 
     Attributes:
-        providers: onnxruntime's provider names, most wanted first.
+        accelerators: providers wanted beside the CPU, most wanted first.
+        strict: refuse the graph where they don't run all of it, instead of going on with what works.
+        instances: how many runs the model lets go on at once.
         intra_op_threads: threads within one run, at least 1.
-        inter_op_threads: threads across a graph's branches; above 1 they run in parallel.
+        inter_op_threads: threads across a graph's branches, where `parallel`.
+        parallel: whether independent branches run at the same time.
+        shared_pool: these threads are one pool for all graphs of the process.
         graph_level: Triton's optimization.graph.level, one of -1, 0, 1, 2.
+        memory_arena: keep freed CPU memory for the next run.
+        memory_pattern: allocate a run's tensors at once where their sizes are known.
+        arena_shrinkage: arenas to give back after each run, such as `cpu:0;gpu:0`; empty: none.
+        entries: onnxruntime's session configuration entries.
+        model: its name, for the log.
     """
 
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    accelerators: tuple[Accelerator, ...] = ()
+    strict: bool = False
+    instances: int = 1
     intra_op_threads: int = 1
     inter_op_threads: int = 1
+    parallel: bool = False
+    shared_pool: bool = False
     graph_level: int = 0
+    memory_arena: bool = True
+    memory_pattern: bool = True
+    arena_shrinkage: str = ""
+    entries: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
 
     def __post_init__(self) -> None:
         """Check the figures that come from a config file."""
-        if self.graph_level not in _GRAPH_LEVELS:
+        if self.graph_level not in GRAPH_LEVELS:
             raise ModelLoadError(
-                f"optimization.graph.level is {self.graph_level}, expected one of {sorted(_GRAPH_LEVELS)}"
+                f"optimization.graph.level is {self.graph_level}, expected one of {sorted(GRAPH_LEVELS)}"
             )
+        if self.arena_shrinkage and not self.memory_arena:
+            raise ModelLoadError(f"{SHRINKAGE} needs the arena that enable_mem_arena switches off")
+
+    def on_cpu(self) -> SessionSettings:
+        """The same without accelerators."""
+        return replace(self, accelerators=(), strict=False)
+
+    def demoted(self) -> SessionSettings | None:
+        """The same without the accelerator most wanted, for one that failed; None where there is no other."""
+        if self.strict or not self.accelerators:
+            return None
+        return replace(self, accelerators=self.accelerators[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,27 +101,22 @@ class GraphTensor:
 class Session:
     """A graph in memory. `run` may be called from several threads at once.
 
+    Attributes:
+        settings: as asked for, with the accelerators that are really used.
+        placement: which nodes run on which provider.
+        inputs, outputs: the graph's.
+        file_bytes: size of the graph's file, tensors in files of their own not counted.
+
     Raises:
-        ModelLoadError: onnxruntime can't load the graph on any of the providers.
+        ModelLoadError: onnxruntime can't load the graph, or not on the providers that it must run on.
     """
 
     def __init__(self, path: Path, settings: SessionSettings) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = settings.intra_op_threads
-        options.inter_op_num_threads = settings.inter_op_threads
-        if settings.inter_op_threads > 1:
-            options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
-        options.graph_optimization_level = _GRAPH_LEVELS[settings.graph_level]
-        # Spinning threads burn the cores that the next request wants; a board has no core to spare.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        # Fatal only: what goes wrong comes back as an exception, and a client's bad index is no log line.
-        options.log_severity_level = 4
-        try:
-            self._session = ort.InferenceSession(path, options, providers=list(settings.providers))
-        except Exception as error:  # onnxruntime's errors share no base class; UnicodeDecodeError too is one
-            # Clients see this message, and the server's folders are none of their business.
-            raise ModelLoadError(_first_line(error).replace(str(path), path.name)) from error
+        self.settings: SessionSettings
+        self.placement: Placement
+        self._session, self.settings, self.placement = open_session(path, settings)
+        self.file_bytes = path.stat().st_size
+        self._arena_shrinkage = settings.arena_shrinkage
         self.inputs = tuple(_graph_tensor(node) for node in self._session.get_inputs())
         self.outputs = tuple(_graph_tensor(node) for node in self._session.get_outputs())
         self._bfloat16_inputs = {t.name for t in self.inputs if t.onnx_type == _BFLOAT16}
@@ -102,36 +125,49 @@ class Session:
     @property
     def providers(self) -> tuple[str, ...]:
         """The providers that onnxruntime really uses, which may be fewer than it was asked for."""
-        return tuple(self._session.get_providers())
+        return self.placement.providers
 
-    def run(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], call: Call) -> list[np.ndarray]:
+    def close(self) -> None:
+        """Give the graph's memory back, as soon as the last run that is going on has ended."""
+        self._session = None
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], call: Call | None = None
+    ) -> list[np.ndarray]:
         """Run the graph once.
 
         Args:
             inputs: input name to array, of the graph's datatypes; strings as objects of `str`.
             outputs: names of the outputs to compute.
-            call: its cancellation ends the run at the next node.
+            call: its cancellation ends the run at the next node; None: nobody can end it.
 
         Raises:
             InvalidArgumentError: onnxruntime refuses an input.
             CanceledError, DeadlineExceededError: the call was given up meanwhile.
-            InternalError: the graph failed.
+            InternalError: the graph failed, or the session is closed.
         """
+        session = self._session
+        if session is None:
+            raise InternalError("the model's session is closed")
         run_options = ort.RunOptions()
-        call.run_options = run_options
-        if call.cancelled:
-            raise CanceledError("the request was cancelled before it ran")
+        if self._arena_shrinkage:
+            run_options.add_run_config_entry(SHRINKAGE, self._arena_shrinkage)
+        if call is not None:
+            call.run_options = run_options
+            if call.cancelled:
+                raise CanceledError("the request was cancelled before it ran")
         try:
             if self._has_bfloat16:
-                return self._run_values(inputs, outputs, run_options)
-            return self._session.run(outputs, inputs, run_options)  # type: ignore[no-any-return] # untyped
+                return self._run_values(session, inputs, outputs, run_options)
+            return session.run(outputs, inputs, run_options)  # type: ignore[no-any-return] # untyped
         except Exception as error:
             raise _run_error(error, call) from error
         finally:
-            call.run_options = None
+            if call is not None:
+                call.run_options = None
 
     def _run_values(
-        self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], run_options: Any
+        self, session: Any, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], run_options: Any
     ) -> list[np.ndarray]:
         """As `run`, for graphs with BF16 tensors, which numpy has no type for: their bits go in as uint16."""
         values = {
@@ -140,7 +176,7 @@ class Session:
             else ort.OrtValue.ortvalue_from_numpy(array)
             for name, array in inputs.items()
         }
-        return [_numpy(v) for v in self._session.run_with_ort_values(outputs, values, run_options)]
+        return [_numpy(v) for v in session.run_with_ort_values(outputs, values, run_options)]
 
 
 def _numpy(value: Any) -> np.ndarray:
@@ -161,17 +197,12 @@ def _graph_tensor(node: Any) -> GraphTensor:
     )
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _run_error(error: Exception, call: Call) -> Exception:
-    if call.cancelled:
+def _run_error(error: Exception, call: Call | None) -> Exception:
+    if call is not None and call.cancelled:
         return CanceledError("the request was cancelled while it ran")
-    if call.expired(time.monotonic()):
+    if call is not None and call.expired(time.monotonic()):
         return DeadlineExceededError("the request's deadline passed while it ran")
     # Also what a node says of its data is "InvalidArgument", but only once the graph runs.
     if type(error).__name__ == "InvalidArgument" and "while running" not in str(error):
-        return InvalidArgumentError(_first_line(error))
-    return InternalError(f"onnxruntime: {_first_line(error)}")
+        return InvalidArgumentError(first_line(error))
+    return InternalError(f"onnxruntime: {first_line(error)}")
