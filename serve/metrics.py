@@ -1,101 +1,145 @@
-"""Prometheus metrics under Triton's names, written from the exact statistics when they are asked for.
-
-The text is written here, not by prometheus-client, because that appends `_total` to every counter's name and
-Triton's counters have none; the process's own figures (memory, CPU, file descriptors) do come from it.
-Format: Prometheus text exposition 0.0.4.
-"""
+"""The metrics endpoint: GET /metrics over HTTP, for a few clients at a time and none of them for long."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import socket
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
+from socketserver import TCPServer
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
-from serve.statistics import FAILURE_REASONS, Counts
+from serve.exposition import exposition
+from serve.system_usage import SystemUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
-    from serve.model import ModelVersion
-    from serve.repository import Repository
+    from serve.core import InferenceCore
+
+logger = logging.getLogger(__name__)
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_CLIENT_TIMEOUT_SECONDS = 10
-
-# Name, help and value of each counter; durations are kept in nanoseconds and published in microseconds.
-_COUNTERS: tuple[tuple[str, str, Callable[[Counts], int]], ...] = (
-    ("nv_inference_request_success", "Requests answered", lambda c: c.success),
-    ("nv_inference_count", "Batch rows inferred", lambda c: c.inferences),
-    ("nv_inference_exec_count", "Runs of the model", lambda c: c.compute().executions),
-    ("nv_inference_request_duration_us", "From receipt to answer", lambda c: c.request_ns // 1000),
-    ("nv_inference_queue_duration_us", "Waiting for an instance", lambda c: c.queue_ns // 1000),
-    ("nv_inference_compute_input_duration_us", "Decoding inputs", lambda c: c.compute().input_ns // 1000),
-    ("nv_inference_compute_infer_duration_us", "Running the model", lambda c: c.compute().infer_ns // 1000),
-    ("nv_inference_compute_output_duration_us", "Making outputs", lambda c: c.compute().output_ns // 1000),
-)
+_CONNECTIONS = 8
+_CONNECTION_SECONDS = 10.0
+_CHECK_SECONDS = 0.5
+_BUSY = b"HTTP/1.0 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
-def exposition(repository: Repository) -> str:
-    """The metrics of every ready version as Prometheus text."""
-    versions = [(version, version.statistics.snapshot()) for version in repository]
-    lines: list[str] = []
-    for name, text, value in _COUNTERS:
-        unit = ", cumulative microseconds" if name.endswith("_us") else ""
-        lines += _family(name, "counter", text + unit, [(_labels(v), value(c)) for v, c in versions])
-    failures = [
-        (_labels(version, reason=reason), counts.failure[reason])
-        for version, counts in versions
-        for reason in FAILURE_REASONS
-    ]
-    lines += _family("nv_inference_request_failure", "counter", "Requests that failed, by reason", failures)
-    pending = [(_labels(version), version.pending) for version, _ in versions]
-    lines += _family("nv_inference_pending_request_count", "gauge", "Requests that wait", pending)
-    return "\n".join(lines) + "\n"
+class MetricsServer(TCPServer):
+    """Answers on a bounded number of threads.
+
+    A connection beyond them is refused at once, and one that is too old is cut, however slowly
+    its client sends or reads.
+    """
+
+    allow_reuse_address = True
+    request_queue_size = 16
+
+    def __init__(
+        self, address: str, port: int, render: Callable[[], bytes], seconds: float = _CONNECTION_SECONDS
+    ) -> None:
+        """Bind; `render` makes the answer, and a connection lasts `seconds` at most.
+
+        Raises:
+            OSError: the address can't be bound.
+        """
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._seconds = seconds
+        self._threads = ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="metrics")
+        self._open: dict[socket.socket, float] = {}
+        self._lock = threading.Lock()
+        super().__init__((address, port), _handler(render))
+        self._loop = threading.Thread(
+            target=self.serve_forever, args=(_CHECK_SECONDS,), name="metrics", daemon=True
+        )
+
+    @property
+    def port(self) -> int:
+        """The port that was bound."""
+        return int(self.server_address[1])
+
+    def start(self) -> None:
+        """Answer from threads until `close`."""
+        self._loop.start()
+
+    def close(self) -> None:
+        """Answer nothing more, and cut what is open."""
+        self.shutdown()
+        self.server_close()
+        self._cut(before=float("inf"))
+        self._threads.shutdown()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Hand a connection to a thread, or refuse it."""
+        with self._lock:
+            full = len(self._open) >= _CONNECTIONS
+            if not full:
+                self._open[request] = time.monotonic()
+        if full:
+            with contextlib.suppress(OSError):
+                request.setblocking(False)  # noqa: FBT003 - socket's own
+                request.send(_BUSY)
+            self.shutdown_request(request)
+            return
+        self._threads.submit(self._answer, request, client_address)
+
+    def service_actions(self) -> None:
+        """Called by the loop twice a second: cut the connections that are too old."""
+        self._cut(before=time.monotonic() - self._seconds)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is not worth a line in the log."""
+
+    def _answer(self, request: Any, client_address: Any) -> None:
+        try:
+            self.finish_request(request, client_address)
+        except OSError:
+            self.handle_error(request, client_address)
+        finally:
+            with self._lock:
+                del self._open[request]
+            self.shutdown_request(request)
+
+    def _cut(self, before: float) -> None:
+        with self._lock:
+            old = [connection for connection, since in self._open.items() if since < before]
+        for connection in old:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
-def _family(name: str, kind: str, text: str, samples: Iterable[tuple[str, int]]) -> list[str]:
-    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *(f"{name}{{{k}}} {v}" for k, v in samples)]
-
-
-def _labels(version: ModelVersion, **more: str) -> str:
-    pairs = {"model": version.name, "version": str(version.version), **more}
-    return ",".join(f'{key}="{_escape(value)}"' for key, value in pairs.items())
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
-def start_metrics_server(repository: Repository, address: str, port: int) -> ThreadingHTTPServer:
-    """Serve /metrics from a thread until the returned server's `shutdown`.
+def start_metrics_server(core: InferenceCore, address: str, port: int) -> MetricsServer:
+    """Serve /metrics from threads until the returned server's `close`.
 
     Raises:
         OSError: the address can't be bound.
     """
     process = CollectorRegistry()
     ProcessCollector(registry=process)
-    handler = _handler(lambda: exposition(repository).encode() + generate_latest(process))
-    server = (_IPv6Server if ":" in address else ThreadingHTTPServer)((address, port), handler)
-    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    usage = SystemUsage()
+    server = MetricsServer(address, port, lambda: exposition(core, usage).encode() + generate_latest(process))
+    server.start()
     return server
-
-
-class _IPv6Server(ThreadingHTTPServer):
-    address_family = socket.AF_INET6
 
 
 def _handler(render: Callable[[], bytes]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        timeout = _CLIENT_TIMEOUT_SECONDS
-
         def do_GET(self) -> None:
             if self.path.split("?")[0] != "/metrics":
                 self.send_error(404, "only /metrics is here")
                 return
-            body = render()
+            try:
+                body = render()
+            except Exception:
+                logger.exception("metrics can't be made")
+                self.send_error(500)
+                return
             self.send_response(200)
             self.send_header("Content-Type", _CONTENT_TYPE)
             self.send_header("Content-Length", str(len(body)))
