@@ -1,10 +1,15 @@
-"""How many requests may be in the server at once, and when the last has left."""
+"""How many requests, of how many bytes, may be in the server at once, and when the last has left."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from pathlib import Path
 
 from serve.errors import UnavailableError
+
+_SHARE = 8  # of the memory that the server may use, for messages
+_LEAST_BUDGET = 64 << 20
 
 
 class Admission:
@@ -14,9 +19,12 @@ class Admission:
     the server works for clients that have already given up.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, byte_limit: int = 0) -> None:
+        """Let in at most `limit` requests of together `byte_limit` bytes; 0: `default_byte_limit()`."""
         self._limit = limit
+        self._byte_limit = byte_limit or default_byte_limit()
         self._inside = 0
+        self._bytes = 0
         self._closed = False
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
@@ -26,11 +34,21 @@ class Admission:
         """Whether new requests are refused because the server stops."""
         return self._closed
 
-    def enter(self) -> None:
-        """Let a request in.
+    @property
+    def inflight(self) -> int:
+        """How many requests are inside."""
+        return self._inside
+
+    @property
+    def inflight_bytes(self) -> int:
+        """Bytes of the requests inside."""
+        return self._bytes
+
+    def enter(self, size: int = 0) -> None:
+        """Let a request of `size` bytes in; alone, it may be larger than the budget.
 
         Raises:
-            UnavailableError: the server stops, or `limit` requests are inside.
+            UnavailableError: the server stops, or it is full.
         """
         with self._lock:
             if self._closed:
@@ -40,12 +58,19 @@ class Admission:
                     f"{self._limit} requests are in flight, the server's limit (--max-inflight-requests): "
                     "retry later or on another server"
                 )
+            if self._inside and self._bytes + size > self._byte_limit:
+                raise UnavailableError(
+                    f"the requests in flight have {self._bytes} bytes, this one {size}, the limit is "
+                    f"{self._byte_limit} (--max-inflight-bytes): retry later or on another server"
+                )
             self._inside += 1
+            self._bytes += size
 
-    def leave(self) -> None:
-        """A request that was let in is through."""
+    def leave(self, size: int = 0) -> None:
+        """A request that was let in, with the same `size`, is through."""
         with self._lock:
             self._inside -= 1
+            self._bytes -= size
             if self._closed and not self._inside:
                 self._empty.notify_all()
 
@@ -54,3 +79,24 @@ class Admission:
         with self._empty:
             self._closed = True
             return self._empty.wait_for(lambda: not self._inside, timeout)
+
+
+def default_byte_limit() -> int:
+    """An eighth of the memory that this process may use, 64 MiB at least.
+
+    A message is in memory twice at most, as it came and as it goes.
+    """
+    return max(_LEAST_BUDGET, memory_limit() // _SHARE)
+
+
+def memory_limit(
+    cgroup: Path = Path("/sys/fs/cgroup/memory.max"), meminfo: Path = Path("/proc/meminfo")
+) -> int:
+    """Bytes that this process may use: its cgroup's limit (v2) or the machine's memory; 0: unknown."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError):  # "max", or no cgroup v2
+        limits.append(int(cgroup.read_text()))
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        total = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:"))
+        limits.append(int(total.split()[1]) * 1024)
+    return min(limits, default=0)

@@ -36,5 +36,7 @@ def classify(tensor: Tensor, k: int, labels: tuple[str, ...], *, batched: bool) 
     texts = np.empty(top.shape, dtype=object)
     for (row, rank), index in np.ndenumerate(top):
         label = f":{labels[index]}" if index < len(labels) else ""
-        texts[row, rank] = f"{rows[row, index]:f}:{index}{label}".encode()
+        score = rows[row, index]
+        text = f"{score:f}" if rows.dtype.kind == "f" else str(int(score))
+        texts[row, rank] = f"{text}:{index}{label}".encode()
     return Tensor(tensor.name, BYTES, texts if batched else texts[0])

@@ -5,61 +5,74 @@ A field that this server doesn't support is an error that names it; none is igno
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import text_format
 
+from serve.backend_config import PARAMETERS, takes_parameter
 from serve.encoded_image import PARAMETER as ENCODED_IMAGE
 from serve.errors import ModelLoadError
+from serve.padding import PARAMETERS as LENGTH_PARAMETERS
 from serve.pb import model_config_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from google.protobuf.message import Message
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL_FILENAME = "model.onnx"
 PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
 
-# Model parameters of Triton's onnxruntime backend that are honoured here, and one of our own.
-PARAMETERS = ("intra_op_thread_count", "inter_op_thread_count", ENCODED_IMAGE)
+# What the server itself reads of a config's parameters; `serve.backend_config` has onnxruntime's.
+OWN_PARAMETERS = (ENCODED_IMAGE, *LENGTH_PARAMETERS)
 
-_TENSOR_FIELDS: dict[str, Any] = {"name": {}, "data_type": {}, "dims": {}}
+_NOT_ON_A_CPU = "onnxruntime's providers decide it"
+
+# Each field is either looked into ({...}), taken whole ({}), or taken without effect (the reason, which is
+# logged): hints about speed on another server. A field that is not here is refused.
+_TENSOR_FIELDS: dict[str, Any] = {"name": {}, "data_type": {}, "dims": {}, "reshape": {}}
 _SUPPORTED: dict[str, Any] = {
     "name": {},
     "platform": {},
     "backend": {},
+    "runtime": "onnxruntime is built in",
     "max_batch_size": {},
     "input": {**_TENSOR_FIELDS, "format": {}},
     "output": {**_TENSOR_FIELDS, "label_filename": {}},
     "version_policy": {"latest": {"num_versions": {}}, "all": {}, "specific": {"versions": {}}},
-    "instance_group": {"name": {}, "count": {}, "kind": {}},
+    "instance_group": {
+        "name": {},
+        "count": {},
+        "kind": {},
+        "gpus": {},
+        "host_policy": "use the operating system's affinity",
+        "rate_limiter": "instances run when they are free",
+    },
     "default_model_filename": {},
+    "metric_tags": {},
     "parameters": {},
-    "optimization": {"graph": {"level": {}}},
+    "dynamic_batching": {},
+    "sequence_batching": {},
+    "model_warmup": {},
+    "optimization": {
+        "graph": {"level": {}},
+        "execution_accelerators": {},
+        "priority": "models have no priority over each other",
+        "cuda": _NOT_ON_A_CPU,
+        "input_pinned_memory": _NOT_ON_A_CPU,
+        "output_pinned_memory": _NOT_ON_A_CPU,
+        "gather_kernel_buffer_threshold": _NOT_ON_A_CPU,
+        "eager_batching": "batches are made as soon as an instance is free",
+    },
+    "model_transaction_policy": {},
+    "response_cache": {"enable": "responses are not cached"},
+    "model_metrics": "histograms have fixed buckets",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceSettings:
-    """How a model's graph is to be run, as far as its config says.
-
-    Attributes:
-        count: how many runs may go on at once; 0: the server's default.
-        kind: KIND_AUTO, KIND_CPU or KIND_GPU.
-        intra_op_threads: threads within one run; 0: the cores divided among the instances.
-        inter_op_threads: threads across a graph's branches; above 1 the branches run in parallel.
-        graph_level: optimization.graph.level as in Triton: 0 all, 1 extended, -1 basic, 2 none.
-    """
-
-    count: int
-    kind: str
-    intra_op_threads: int
-    inter_op_threads: int
-    graph_level: int
 
 
 def read_config(folder: Path) -> pb.ModelConfig:
@@ -76,17 +89,41 @@ def read_config(folder: Path) -> pb.ModelConfig:
             text_format.Parse(path.read_text(encoding="utf-8"), message)
         except (text_format.ParseError, UnicodeDecodeError) as error:
             raise ModelLoadError(f"config.pbtxt: {error}") from error
-    _refuse_unsupported(message, _SUPPORTED)
-    for field, expected in (("name", folder.name), ("platform", PLATFORM), ("backend", BACKEND)):
+    check_config(message, folder.name)
+    return message
+
+
+def check_config(message: pb.ModelConfig, name: str) -> None:
+    """Check a config that was read from a file or came with a load request.
+
+    Args:
+        message: the config.
+        name: the model that it is for.
+
+    Raises:
+        ModelLoadError: see `read_config`.
+    """
+    for field, reason in _unsupported(message, _SUPPORTED):
+        logger.warning("config.pbtxt of '%s': field '%s' has no effect: %s", name, field, reason)
+    for field, expected in (("name", name), ("platform", PLATFORM), ("backend", BACKEND)):
         value = getattr(message, field)
         if value not in ("", expected):
             raise ModelLoadError(f"config.pbtxt: {field} is {value!r}, expected {expected!r} or nothing")
+    for parameter in message.parameters:
+        if parameter not in OWN_PARAMETERS and not takes_parameter(parameter):
+            raise ModelLoadError(
+                f"config.pbtxt: parameter '{parameter}' is not supported, "
+                f"expected one of {', '.join((*OWN_PARAMETERS, *PARAMETERS))}"
+            )
     if message.max_batch_size < 0:
         raise ModelLoadError(f"config.pbtxt: max_batch_size is {message.max_batch_size}, expected 0 or more")
+    if message.model_transaction_policy.decoupled:
+        raise ModelLoadError(
+            "config.pbtxt: model_transaction_policy.decoupled is true, but a graph answers each request once"
+        )
     _refuse_path("default_model_filename", message.default_model_filename)
     for output in message.output:
         _refuse_path(f"label_filename of output '{output.name}'", output.label_filename)
-    return message
 
 
 def _refuse_path(field: str, filename: str) -> None:
@@ -94,7 +131,10 @@ def _refuse_path(field: str, filename: str) -> None:
         raise ModelLoadError(f"config.pbtxt: {field} is {filename!r}, expected a file name without a folder")
 
 
-def _refuse_unsupported(message: Message, supported: Mapping[str, Any], prefix: str = "") -> None:
+def _unsupported(
+    message: Message, supported: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+    """Refuse what is not supported; the fields without effect, with the reason of each."""
     for descriptor, value in message.ListFields():
         field = prefix + descriptor.name
         if descriptor.name not in supported:
@@ -103,16 +143,11 @@ def _refuse_unsupported(message: Message, supported: Mapping[str, Any], prefix: 
                 "remove it, or serve the model elsewhere"
             )
         inner = supported[descriptor.name]
-        if inner:
+        if isinstance(inner, str):
+            yield field, inner
+        elif inner:
             for part in value if descriptor.is_repeated else (value,):
-                _refuse_unsupported(part, inner, f"{field}.")
-    if isinstance(message, pb.ModelConfig):
-        for name in message.parameters:
-            if name not in PARAMETERS:
-                raise ModelLoadError(
-                    f"config.pbtxt: parameter '{name}' is not supported, "
-                    f"expected one of {', '.join(PARAMETERS)}"
-                )
+                yield from _unsupported(part, inner, f"{field}.")
 
 
 def select_versions(message: pb.ModelConfig, available: Iterable[int]) -> list[int]:
@@ -135,32 +170,3 @@ def select_versions(message: pb.ModelConfig, available: Iterable[int]) -> list[i
         return sorted(set(policy.specific.versions))
     # proto3 can't tell 0 from unset; Triton's default is one version.
     return versions[-(policy.latest.num_versions or 1) :]
-
-
-def instance_settings(message: pb.ModelConfig) -> InstanceSettings:
-    """The config's wishes about threads, instances and devices.
-
-    Raises:
-        ModelLoadError: one of them can't be.
-    """
-    groups = message.instance_group
-    if len(groups) > 1 or (groups and groups[0].count < 0):
-        raise ModelLoadError("config.pbtxt: expected at most one instance_group, with a count of 0 or more")
-    return InstanceSettings(
-        count=groups[0].count if groups else 0,
-        kind=pb.ModelInstanceGroup.Kind.Name(groups[0].kind) if groups else "KIND_AUTO",
-        intra_op_threads=_count_parameter(message, "intra_op_thread_count", 0),
-        inter_op_threads=_count_parameter(message, "inter_op_thread_count", 1),
-        graph_level=message.optimization.graph.level,
-    )
-
-
-def _count_parameter(message: pb.ModelConfig, name: str, default: int) -> int:
-    if name not in message.parameters:
-        return default
-    text = message.parameters[name].string_value
-    if not text.isdecimal():
-        raise ModelLoadError(
-            f"config.pbtxt: parameter '{name}' is {text!r}, expected a number, 0 for the default"
-        )
-    return int(text) or default

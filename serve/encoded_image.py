@@ -14,17 +14,20 @@ Triton, to which the parameter says nothing, refuses to load such a model: its g
 
 from __future__ import annotations
 
+import functools
 import io
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from serve.cores import usable_cores
+from serve.datatypes import DATATYPES
 from serve.errors import InvalidArgumentError, ModelLoadError
 from serve.pb import model_config_pb2 as pb
 from serve.pixels import in_8_bits
-from serve.providers import usable_cores
+from serve.request import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,9 +45,15 @@ _JPEG_START, _SCAN = b"\xff\xd8", b"\xff\xda"
 _MODES = {1: "L", 3: "RGB"}
 _IMAGE_RANK = 4
 
-# An image of 25 megapixels takes 100 MB while it is decoded, turned or converted 200: no more of them at once
-# than there are cores.
-_DECODERS = threading.BoundedSemaphore(usable_cores())
+
+@functools.cache
+def decode_pool() -> ThreadPoolExecutor:
+    """The threads that decode images, one a core; the transport's and the instances' have other work.
+
+    An image of 25 megapixels takes 100 MB while it is decoded, turned or converted 200: no more of them at
+    once than there are cores.
+    """
+    return ThreadPoolExecutor(usable_cores(), thread_name_prefix="decode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +88,7 @@ class EncodedImage:
         images = []
         for row, data in enumerate(files.reshape(-1)):
             try:
-                with _DECODERS:
-                    images.append(self._decode_file(data, files.size))
+                images.append(self._decode_file(data, files.size))
             except MemoryError:
                 raise  # the server's trouble, not the client's
             except Exception as error:  # Pillow raises whatever a damaged file makes it stumble over
@@ -95,6 +103,19 @@ class EncodedImage:
                 "send each size in a request of its own"
             )
         return np.stack(images)
+
+    def decode_tensors(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A request's inputs with pixels in the place of image files.
+
+        Raises:
+            InvalidArgumentError: see `decode`.
+        """
+        return tuple(
+            Tensor(tensor.name, DATATYPES["UINT8"], self.decode(tensor.array))
+            if tensor.name == self.name
+            else tensor
+            for tensor in inputs
+        )
 
     def _decode_file(self, data: bytes, rows: int) -> np.ndarray:
         """UINT8 [height, width, channels]."""

@@ -41,6 +41,18 @@ class InternalError(ServeError):
     code = "INTERNAL"
 
 
+class AlreadyExistsError(ServeError):
+    """What the request wants to make is there already."""
+
+    code = "ALREADY_EXISTS"
+
+
+class UnauthenticatedError(ServeError):
+    """The request doesn't say who asks, or says it wrongly."""
+
+    code = "UNAUTHENTICATED"
+
+
 class CanceledError(ServeError):
     """The client gave the request up."""
 
@@ -51,6 +63,10 @@ class DeadlineExceededError(ServeError):
     """The request's deadline passed before its answer was there."""
 
     code = "DEADLINE_EXCEEDED"
+
+
+class RetiredError(Exception):
+    """The model version was replaced or unloaded after it was looked up: look it up again."""
 
 
 class ModelLoadError(Exception):

@@ -10,10 +10,15 @@ from serve.config_pbtxt import BACKEND, DEFAULT_MODEL_FILENAME, PLATFORM
 from serve.datatypes import BY_CONFIG_NAME, BY_ONNX_TYPE, DATATYPES, DataType
 from serve.encoded_image import DEFAULT_MAX_PIXELS, declared_image
 from serve.errors import InvalidArgumentError, ModelLoadError
+from serve.implicit_state import hidden_inputs, hidden_outputs
+from serve.padding import Padding
 from serve.pb import model_config_pb2 as pb
+from serve.sequence_config import DEFAULT_IDLE_MICROSECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import numpy as np
 
     from serve.encoded_image import EncodedImage
     from serve.request import Tensor
@@ -36,12 +41,14 @@ class TensorSpec:
         datatype: its element type.
         shape: -1 for a dimension of any size; the batch dimension comes first where the model has one.
         labels: class names by index, for the classification extension; outputs only.
+        reshape: the shape that the graph has instead, without the batch dimension; None: the same.
     """
 
     name: str
     datatype: DataType
     shape: tuple[int, ...]
     labels: tuple[str, ...] = ()
+    reshape: tuple[int, ...] | None = None
 
     def check(self, tensor: Tensor) -> None:
         """Raise InvalidArgumentError when a request's tensor doesn't fit."""
@@ -56,6 +63,29 @@ class TensorSpec:
                 f"input '{self.name}': expected shape {list(self.shape)}, got {list(shape)}"
             )
 
+    def to_graph(self, array: np.ndarray, *, batched: bool) -> np.ndarray:
+        """A client's input in the graph's shape."""
+        if self.reshape is None:
+            return array
+        return array.reshape(_other_shape(array.shape, self.shape, self.reshape, batched=batched))
+
+    def to_client(self, array: np.ndarray, *, batched: bool) -> np.ndarray:
+        """The graph's output in the client's shape."""
+        if self.reshape is None:
+            return array
+        graph = (-1, *self.reshape) if batched else self.reshape
+        target = self.shape[1:] if batched else self.shape
+        return array.reshape(_other_shape(array.shape, graph, target, batched=batched))
+
+
+def _other_shape(
+    actual: tuple[int, ...], stated: tuple[int, ...], target: tuple[int, ...], *, batched: bool
+) -> tuple[int, ...]:
+    """`target` with the batch before it, its dimensions of any size taken from `actual` in their order."""
+    sizes = iter([size for size, want in zip(actual, stated, strict=True) if want == -1][batched:])
+    rows = actual[:1] if batched else ()
+    return (*rows, *(next(sizes) if want == -1 else want for want in target))
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -69,6 +99,7 @@ class ModelConfig:
         outputs: by name, in the config's order.
         message: the same and the rest of config.pbtxt, completed, as the ModelConfig RPC answers it.
         encoded_image: how to decode the input that takes image files; BYTES to a client, pixels to the graph.
+        padding: how rows of different lengths make up a batch; None: they don't.
     """
 
     name: str
@@ -77,6 +108,7 @@ class ModelConfig:
     outputs: Mapping[str, TensorSpec]
     message: pb.ModelConfig
     encoded_image: EncodedImage | None = None
+    padding: Padding | None = None
 
     @property
     def request_bytes(self) -> int:
@@ -109,7 +141,16 @@ def resolve(
         ModelLoadError: the config states another tensor, datatype or shape than the graph has, or image files
             can't be decoded for it.
     """
+    hidden = hidden_inputs(message)
+    inputs = [tensor for tensor in inputs if tensor.name not in hidden]
+    if not message.output:
+        outputs = [tensor for tensor in outputs if tensor.name not in hidden_outputs(message)]
     encoded = declared_image(message, inputs, max_image_pixels)
+    if encoded is not None and message.HasField("sequence_batching"):
+        raise ModelLoadError(
+            "config.pbtxt: sequence_batching needs requests in order, and image files (parameter "
+            "'encoded_image') are decoded side by side: send pixels"
+        )
     if encoded is not None:
         inputs = [_as_files(tensor) if tensor.name == encoded.name else tensor for tensor in inputs]
     batched = message.max_batch_size > 0
@@ -120,8 +161,11 @@ def resolve(
         raise ModelLoadError(f"config.pbtxt: the graph's input {min(missing)!r} is missing")
     input_specs = _resolve_tensors("input", message.input, inputs, {}, batched=batched)
     output_specs = _resolve_tensors("output", message.output, outputs, labels, batched=batched)
+    padding = Padding.from_config(message)
+    if padding is not None:
+        padding.check_names(_shapes(input_specs), _shapes(output_specs))
     completed = _complete(message, name, input_specs, output_specs)
-    return ModelConfig(name, message.max_batch_size, input_specs, output_specs, completed, encoded)
+    return ModelConfig(name, message.max_batch_size, input_specs, output_specs, completed, encoded, padding)
 
 
 def _as_files(image: GraphTensor) -> GraphTensor:
@@ -139,6 +183,11 @@ def _complete(
     completed.default_model_filename = message.default_model_filename or DEFAULT_MODEL_FILENAME
     if not completed.version_policy.WhichOneof("policy_choice"):
         completed.version_policy.latest.num_versions = 1
+    if completed.HasField("sequence_batching"):
+        sequences = completed.sequence_batching
+        sequences.max_sequence_idle_microseconds = (
+            sequences.max_sequence_idle_microseconds or DEFAULT_IDLE_MICROSECONDS
+        )
     skipped = 1 if message.max_batch_size else 0
     for specs, fields in ((inputs, completed.input), (outputs, completed.output)):
         stated = {field.name: field for field in fields}
@@ -188,7 +237,23 @@ def _resolve_tensor(
     stated_type = pb.DataType.Name(config.data_type)
     if BY_CONFIG_NAME.get(stated_type) is not datatype:
         raise ModelLoadError(f"config.pbtxt: {what} is {stated_type}, the graph has {datatype.config}")
-    stated = (-1, *config.dims) if batched else tuple(config.dims)
-    if shape and not _fits(stated, shape):
-        raise ModelLoadError(f"config.pbtxt: {what} has shape {list(stated)}, the graph has {list(shape)}")
-    return TensorSpec(tensor.name, datatype, stated, labels)
+    rows = (-1,) if batched else ()
+    stated = (*rows, *config.dims)
+    reshape = tuple(config.reshape.shape) if config.HasField("reshape") else None
+    in_graph = stated if reshape is None else (*rows, *reshape)
+    if shape and not _fits(in_graph, shape):
+        raise ModelLoadError(f"config.pbtxt: {what} has shape {list(in_graph)}, the graph has {list(shape)}")
+    if reshape is not None and _elements(reshape) != _elements(config.dims):
+        raise ModelLoadError(
+            f"config.pbtxt: {what} has dims {list(config.dims)} and reshape {list(reshape)}, expected the "
+            "same number of elements and of dimensions of any size"
+        )
+    return TensorSpec(tensor.name, datatype, stated, labels, reshape)
+
+
+def _shapes(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
+    return {name: spec.shape for name, spec in specs.items()}
+
+
+def _elements(dims: Sequence[int]) -> tuple[int, int]:
+    return math.prod(size for size in dims if size != -1), sum(size == -1 for size in dims)

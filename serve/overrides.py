@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf import json_format
 
-from serve.errors import InvalidArgumentError
+from serve.errors import InternalError, InvalidArgumentError
 from serve.model_folder import is_file_name, version_number
 from serve.pb import model_config_pb2
 
@@ -51,8 +51,9 @@ def parse_override(parameters: Mapping[str, Any]) -> Override | None:
             `file:VERSION/NAME`, a file's content (Triton's model repository extension).
 
     Raises:
-        InvalidArgumentError: another parameter, a value of the wrong type, JSON that is no ModelConfig, a
-            version or file name that can't be, or files without a config.
+        InvalidArgumentError: another parameter, a value of the wrong type, or a version or file name that
+            can't be.
+        InternalError: JSON that is no ModelConfig, or files without a config: Triton's code for both.
     """
     config: model_config_pb2.ModelConfig | None = None
     files: dict[tuple[int, str], bytes] = {}
@@ -67,7 +68,7 @@ def parse_override(parameters: Mapping[str, Any]) -> Override | None:
             )
     if config is None:
         if files:
-            raise InvalidArgumentError(
+            raise InternalError(
                 "load parameter 'config' is missing: files need one, as the model's folder in the repository "
                 "isn't looked at"
             )
@@ -85,11 +86,11 @@ def _parse_config(text: str) -> model_config_pb2.ModelConfig:
     config = model_config_pb2.ModelConfig()
     what = "load parameter 'config': expected a ModelConfig as JSON"
     if not text.lstrip().startswith("{"):  # a list passes for an empty message
-        raise InvalidArgumentError(f"{what}, got {text[:40]!r}")
+        raise InternalError(f"{what}, got {text[:40]!r}")
     try:
         json_format.Parse(text, config)
     except (json_format.ParseError, RecursionError) as error:
-        raise InvalidArgumentError(f"{what}: {error}") from error
+        raise InternalError(f"{what}: {error}") from error
     return config
 
 

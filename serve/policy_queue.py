@@ -140,7 +140,7 @@ class PolicyQueue:
 
     def timeout(self, wanted_us: int) -> float:
         """How long a request may wait, seconds (0: forever), that asks for `wanted_us` (0: doesn't)."""
-        if wanted_us and self.policy.allow_timeout_override:
+        if wanted_us > 0 and self.policy.allow_timeout_override:
             return min(self._timeout, wanted_us / 1e6)
         return self._timeout
 
@@ -200,7 +200,7 @@ class PriorityQueue:
         A `priority` that is 0 or above the levels is the default one, as in Triton.
 
         Raises:
-            InvalidArgumentError: its `priority` or `timeout` parameter is no integer of at least 0.
+            InvalidArgumentError: its `priority` or `timeout` parameter is no integer.
             UnavailableError: its level is full.
         """
         level, wanted_us = self._default_level, 0
@@ -289,6 +289,6 @@ class PriorityQueue:
 
 def _parameter(parameters: Mapping[str, Parameter], name: str) -> int:
     value = parameters.get(name, 0)
-    if type(value) is not int or value < 0:
-        raise InvalidArgumentError(f"parameter '{name}' is {value!r}, expected an integer of at least 0")
+    if type(value) is not int:
+        raise InvalidArgumentError(f"parameter '{name}' is {value!r}, expected an integer")
     return value

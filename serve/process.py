@@ -19,6 +19,9 @@ _M_MMAP_THRESHOLD = -3
 _THRESHOLD_BYTES = 64 << 20
 _GLIBC_TRIM_THRESHOLD = 128 << 10
 
+# Python's own is 5 ms.
+_SWITCH_SECONDS = 0.001
+
 _lock = threading.Lock()
 _keeping_large_blocks = False
 _returning = 0
@@ -44,6 +47,15 @@ def keep_large_blocks() -> bool:
         mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, _THRESHOLD_BYTES)
     )
     return _keeping_large_blocks
+
+
+def take_short_turns() -> None:
+    """Have threads that work in Python give way to each other after 1 ms.
+
+    A run's answers, and the next run, wait for the interpreter's lock behind whichever thread decodes. With
+    32 clients of an LSTM that shares runs, p99 was 18 ms with this and 23 ms without, at the same rate.
+    """
+    sys.setswitchinterval(_SWITCH_SECONDS)
 
 
 @contextlib.contextmanager

@@ -7,28 +7,33 @@ import signal
 import socket
 import sys
 import threading
-import time
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NoReturn
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
-from serve import __version__
+from serve.channel_options import channel_options
+from serve.connections import hang_up
 from serve.core import InferenceCore
-from serve.errors import CanceledError, InternalError, ModelLoadError, ServeError, UnsupportedError
+from serve.errors import ModelLoadError
+from serve.flags import parse_server_settings
+from serve.grpc_transport import method_handlers
 from serve.health import publish
+from serve.log_settings import configure_logging
 from serve.metrics import start_metrics_server
-from serve.reflection import add_reflection
-from serve.repository import Repository
-from serve.request import Call
-from serve.servicer import METHODS, RPCS, SERVICE, Method
-from serve.settings import SettingsError, parse_server_settings
+from serve.process import take_short_turns
+from serve.reflection import MOST_REFLECTIONS, add_reflection
+from serve.repository import MOST_CHANGES, Repository
+from serve.security import Security
+from serve.servicer import SERVICE
+from serve.settings import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from http.server import ThreadingHTTPServer
+    from collections.abc import Callable, Sequence
 
+    from serve.log_settings import LogSettings
+    from serve.metrics import MetricsServer
     from serve.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -38,6 +43,8 @@ _SPARE_THREADS = 4
 _LEAST_REQUEST_LIMIT = 64 << 20
 _MESSAGE_SLACK = 1 << 20
 _USAGE_ERROR = 2
+# For the last status of a stream to get onto the wire.
+_LAST_STATUS_SECONDS = 1.0
 
 
 class Server:
@@ -46,12 +53,18 @@ class Server:
     `start` returns when both endpoints answer; `stop` drains.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, log: LogSettings | None = None) -> None:
+        """Prepare to serve.
+
+        Raises:
+            SettingsError: certificates, tokens, traces or logs can't be as the settings say.
+        """
         self._settings = settings
-        self._repository = Repository(settings.model_repository, settings.max_image_pixels)
-        self._core = InferenceCore(settings, self._repository)
+        self._security = Security(settings)
+        self._repository = Repository(settings)
+        self._core = InferenceCore(settings, self._repository, log)
         self._health = health.HealthServicer()
-        self._metrics: ThreadingHTTPServer | None = None
+        self._metrics: MetricsServer | None = None
         self._grpc: grpc.Server
         self.grpc_port = 0
         self.metrics_port = 0
@@ -69,17 +82,16 @@ class Server:
         if settings.allow_metrics:
             _require_free("--metrics-port", settings.metrics_address, settings.metrics_port)
         self._repository.load()
-        if settings.exit_on_error and not all(model.ready for model in self._repository.models):
+        if settings.exit_on_error and not self._repository.all_ready():
             raise ModelLoadError(
                 "a model could not be loaded, see above; --exit-on-error=false serves the rest"
             )
         self._grpc = self._build()
-        self.grpc_port = self._grpc.add_insecure_port(_host_port(settings.grpc_address, settings.grpc_port))
+        self.grpc_port = self._security.add_port(self._grpc)
         if settings.allow_metrics:
-            self._metrics = start_metrics_server(
-                self._repository, settings.metrics_address, settings.metrics_port
-            )
-            self.metrics_port = self._metrics.server_address[1]
+            self._metrics = start_metrics_server(self._core, settings.metrics_address, settings.metrics_port)
+            self.metrics_port = self._metrics.port
+        self._repository.on_change = lambda: publish(self._core, self._health)
         publish(self._core, self._health)
         self._grpc.start()
 
@@ -90,49 +102,45 @@ class Server:
         UNAVAILABLE, which clients retry elsewhere; then what is in flight finishes; then the port closes.
         """
         self._health.enter_graceful_shutdown()
+        self._core.streams.drain()
         drained = self._core.admission.close(self._settings.exit_timeout_secs)
-        # Watch and reflection streams never end by themselves, so they get no grace of their own.
+        self._core.streams.wait(_LAST_STATUS_SECONDS)
+        # New calls are refused by now; gRPC's stop alone would reset those that race with it, which their
+        # clients see as CANCELLED. Watch and reflection streams never end by themselves and get no grace.
+        hang_up(self.grpc_port, _LAST_STATUS_SECONDS)
         self._grpc.stop(grace=None).wait()
         if drained:
-            self._repository.close()
+            self._core.close()
+        self._core.observer.close()
         if self._metrics is not None:
-            self._metrics.shutdown()
-            self._metrics.server_close()
+            self._metrics.close()
         return drained
 
     def report(self) -> str:
         """A table of the models and their states, as Triton prints one."""
         rows = [("Model", "Version", "Status")]
-        for model in self._repository.models:
-            rows += [(model.name, str(number), "READY") for number in model.versions]
-            rows += [
-                (model.name, str(number or ""), f"UNAVAILABLE: {problem}")
-                for number, problem in model.problems.items()
-            ]
+        for state in self._repository.index():
+            status = f"{state.state}: {state.reason}" if state.reason else state.state
+            rows.append((state.name, state.version, status))
         widths = [max(len(row[column]) for row in rows) for column in range(2)] + [0]
         lines = ("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
 
+    def reopen_logs(self) -> None:
+        """Open the access log's file anew, after it was rotated."""
+        if self._core.access_log is not None:
+            self._core.access_log.reopen()
+
     def _build(self) -> grpc.Server:
         settings = self._settings
-        limit = settings.max_request_bytes or _largest_request(self._repository)
+        # Each of these may hold one for long.
+        held = settings.max_inflight_requests + settings.max_streams + MOST_CHANGES + MOST_REFLECTIONS
         server = grpc.server(
-            ThreadPoolExecutor(settings.max_inflight_requests + _SPARE_THREADS, thread_name_prefix="grpc"),
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", int(settings.reuse_grpc_port)),
-                # More than this at once would be refused anyway, and a client that opens and resets streams
-                # as fast as it can is held to it.
-                ("grpc.max_concurrent_streams", settings.max_inflight_requests),
-            ],
+            ThreadPoolExecutor(held + _SPARE_THREADS, thread_name_prefix="grpc"),
+            interceptors=self._security.interceptors,
+            options=channel_options(settings, _largest_request(self._repository)),
         )
-        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-            name: grpc.unary_unary_rpc_method_handler(_unary(self._core, name, METHODS[name]))
-            if name in METHODS
-            else grpc.stream_stream_rpc_method_handler(_unimplemented(name))
-            for name in RPCS
-        }
+        handlers = method_handlers(self._core)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         server.add_registered_method_handlers(SERVICE, handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -164,89 +172,56 @@ def _largest_request(repository: Repository) -> int:
     return max(largest + _MESSAGE_SLACK, _LEAST_REQUEST_LIMIT)
 
 
-def _unary(core: InferenceCore, name: str, method: Method) -> Callable[[bytes, grpc.ServicerContext], bytes]:
-    """A gRPC handler over raw bytes: protobuf's parse errors, too, become a status of ours."""
-
-    def answer(data: bytes, context: grpc.ServicerContext) -> bytes:
-        remaining = context.time_remaining()
-        call = Call(None if remaining is None else time.monotonic() + remaining)
-        try:
-            if method.counted:
-                _admit(core, context, call)
-            return method.serialize(method.handle(core, method.parse(data), call).result())
-        except ServeError as error:
-            _abort(context, name, error)
-        except CancelledError:
-            _abort(context, name, CanceledError("the request was cancelled while it waited"))
-        except Exception as error:
-            logger.exception("%s failed", name)
-            _abort(context, name, InternalError(f"{name}: {error!r}"))
-
-    return answer
-
-
-def _unimplemented(name: str) -> Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]:
-    """A handler of any arity that says which RPC is missing; gRPC's own answer is "Method not found!"."""
-
-    def answer(_requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        _abort(context, name, UnsupportedError(f"{name} is not implemented by onnxedge {__version__}"))
-
-    return answer
-
-
-def _admit(core: InferenceCore, context: grpc.ServicerContext, call: Call) -> None:
-    """Let a request in until gRPC says that it is over: answered and on the wire, cancelled, or expired."""
-    core.admission.enter()
-
-    def end() -> None:
-        call.cancel()
-        core.admission.leave()
-
-    if not context.add_callback(end):
-        end()
-
-
-def _abort(context: grpc.ServicerContext, name: str, error: ServeError) -> NoReturn:
-    logger.debug("%s: %s: %s", name, error.code, error)
-    context.abort(grpc.StatusCode[error.code], str(error))
-
-
 def main(arguments: Sequence[str]) -> int:
     """`onnxedge serve`: serve until SIGTERM or SIGINT; 0 when every request in flight was answered."""
     try:
-        settings = parse_server_settings(arguments)
+        settings, warnings = parse_server_settings(arguments)
+        log = configure_logging(settings)
+        server = Server(settings, log)
     except SettingsError as error:
         print(f"onnxedge serve: {error}", file=sys.stderr)
         return _USAGE_ERROR
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("serve").setLevel(logging.DEBUG if settings.log_verbose else logging.INFO)
-    stopping = _on_signals()
-    server = Server(settings)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    take_short_turns()
+    wait_for_stop = _on_signals()
+    signal.signal(signal.SIGHUP, lambda *_: server.reopen_logs())
     try:
         server.start()
     except (ModelLoadError, OSError, RuntimeError) as error:
         logger.error("cannot start: %s", error)  # noqa: TRY400 - the message says it all
         return 1
     _announce(server, settings)
-    stopping.wait()
+    wait_for_stop()
     logger.info("stopping: requests in flight get up to %d s", settings.exit_timeout_secs)
     return 0 if server.stop() else 1
 
 
-def _on_signals() -> threading.Event:
-    """An event that the first SIGTERM or SIGINT sets; the second one ends the process without a drain.
+def _on_signals() -> Callable[[], None]:
+    """Take SIGTERM and SIGINT; what is returned waits for the first. The second ends the process at once.
 
-    As process 1 of a container, Python would ignore both.
+    As process 1 of a container, Python would ignore both. The kernel may hand a signal to any thread, and
+    Python's handler runs in the main one, which a lock would keep asleep: while metrics were scraped, one
+    SIGTERM in four was lost. The wakeup descriptor gets a byte whichever thread it was.
     """
     stopping = threading.Event()
+    woken, signalled = socket.socketpair()
+    signalled.setblocking(False)  # noqa: FBT003 - its only parameter
+    signal.set_wakeup_fd(signalled.fileno(), warn_on_full_buffer=False)
 
     def stop(number: int, _frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
         stopping.set()
 
+    def wait() -> None:
+        with woken, signalled:
+            while not stopping.is_set():
+                woken.recv(64)
+            signal.set_wakeup_fd(-1)
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    return stopping
+    return wait
 
 
 def _announce(server: Server, settings: ServerSettings) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 RAW_INPUT_TAG = 7 << 3 | 2
 RAW_OUTPUT_TAG = bytes([6 << 3 | 2])
+STREAM_RESPONSE_TAG = bytes([2 << 3 | 2])
 # Real requests have tens of top-level fields; 4 MB of empty submessages would expand to 177 MB when parsed.
 MAX_FIELDS = 4096
 
@@ -100,12 +101,19 @@ def _content_bounds(data: bytes, tag: int, position: int) -> tuple[int, int]:
     return start, end
 
 
-def append_raw_contents(head: bytes, raw: Sequence[bytes | memoryview]) -> bytes:
+def append_raw_contents(head: bytes, raw: Sequence[bytes | memoryview], *, wrapped_in: bytes = b"") -> bytes:
     """A serialized ModelInferResponse from one without raw contents, and these; one copy of each tensor.
 
     Fields 1 to 5 come first in `head`, so the result is byte for byte what protobuf itself would write.
+
+    Args:
+        head: the message without its `raw_output_contents`.
+        raw: these.
+        wrapped_in: tag of the field of an outer message that is to hold this one alone; empty: none.
     """
     parts: list[bytes | memoryview] = [head]
     for tensor in raw:
         parts += (RAW_OUTPUT_TAG, write_varint(len(tensor)), tensor)
+    if wrapped_in:
+        parts[:0] = (wrapped_in, write_varint(sum(map(len, parts))))
     return b"".join(parts)
