@@ -22,7 +22,11 @@ usage: onnxedge COMMAND [flags]
 `onnxedge COMMAND --help` lists a command's flags. Flags without a command are those of serve, as with
 tritonserver.
 """
-_COMMANDS = {"serve": "serve.server", "infer": "serve.client", "providers": "serve.providers"}
+_COMMANDS = {
+    "serve": "serve.transport.server",
+    "infer": "serve.client",
+    "providers": "serve.runtime.providers",
+}
 _USAGE_ERROR = 2
 
 

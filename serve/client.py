@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 
-from serve.datatypes import DATATYPES
+from serve.model.pixels import in_8_bits
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
-from serve.pixels import in_8_bits
-from serve.tensor_codec import decode_tensor, encode_tensor
+from serve.protocol.datatypes import DATATYPES
+from serve.protocol.tensor_codec import decode_tensor, encode_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

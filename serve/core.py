@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from serve.access_log import AccessLog
 from serve.admission import Admission
 from serve.errors import RetiredError
-from serve.log_settings import LogSettings
-from serve.observation import Observer
-from serve.shared_memory import SharedMemory
-from serve.stream import Streams
-from serve.tracing import Tracer
+from serve.observability.access_log import AccessLog
+from serve.observability.log_settings import LogSettings
+from serve.observability.observation import Observer
+from serve.observability.tracing import Tracer
+from serve.protocol.shared_memory import SharedMemory
+from serve.rpc.stream import Streams
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from serve.repository import Repository
+    from serve.model_repository.repository import Repository
     from serve.request import Call, InferRequest, InferResponse
     from serve.settings import ServerSettings
 

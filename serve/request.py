@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from serve.datatypes import DataType
-    from serve.shared_memory import Region
+    from serve.protocol.datatypes import DataType
+    from serve.protocol.shared_memory import Region
 
 Parameter = bool | int | float | str
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from serve.encoded_image import DEFAULT_MAX_PIXELS
+from serve.model.encoded_image import DEFAULT_MAX_PIXELS
 
 if TYPE_CHECKING:
     from pathlib import Path

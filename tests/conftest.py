@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import pytest
 
@@ -27,6 +28,8 @@ class RunningServer:
     grpc_port: int
     metrics_port: int
     log: list[str] = field(default_factory=list)
+    """Lines so far; all of them after `stop`."""
+    reader: threading.Thread | None = None
 
     @property
     def url(self) -> str:
@@ -41,9 +44,14 @@ class RunningServer:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and wait for the end; the exit status. The rest of the log is in `log`."""
         self.process.send_signal(number)
-        assert self.process.stderr is not None
-        self.log += self.process.stderr.readlines()
-        return self.process.wait(60)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for the end; the exit status."""
+        status = self.process.wait(60)
+        if self.reader is not None:
+            self.reader.join(30)
+        return status
 
 
 def start_server(*flags: str | Path) -> RunningServer:
@@ -63,10 +71,18 @@ def start_server(*flags: str | Path) -> RunningServer:
         if "metrics at " in line:
             server.metrics_port = int(line.split("/metrics")[0].rsplit(":", 1)[1])
         if "SERVING: gRPC at " in line:
-            server.grpc_port = int(line.rsplit(":", 1)[1])
+            server.grpc_port = int(line.rsplit(":", 1)[1].strip().strip('"'))
+            # A pipe that nobody reads would stop the server once it is full.
+            server.reader = threading.Thread(target=_read_on, args=(process.stderr, server.log), daemon=True)
+            server.reader.start()
             return server
     process.stderr.close()
     raise AssertionError(f"the server ended with {process.wait()} before it served:\n{''.join(server.log)}")
+
+
+def _read_on(stream: IO[str], lines: list[str]) -> None:
+    with stream:
+        lines.extend(stream)
 
 
 @pytest.fixture(scope="session")
@@ -82,5 +98,3 @@ def serve() -> Iterator[Callable[..., RunningServer]]:
     for server in servers:
         if server.process.poll() is None:
             server.stop()
-        assert server.process.stderr is not None
-        server.process.stderr.close()

@@ -99,7 +99,7 @@ print([n for n in ("torch", "onnx", "train", "export", "PIL") if n in sys.module
 
 
 def test_onnxruntime_reports_to_nobody(tmp_path: Path) -> None:
-    script = "import os, serve.session; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    script = "import os, serve.runtime.session; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT, capture_output=True, text=True, check=True,

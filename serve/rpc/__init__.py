@@ -1,1 +1,1 @@
-"""The RPCs' handlers, by group: (core, parsed request) → response message; `serve.servicer` has the table."""
+"""The RPCs' handlers, by group: (core, parsed request) → response message; `servicer` has the table."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from serve import __version__
-from serve.config_pbtxt import PLATFORM
 from serve.errors import InvalidArgumentError
+from serve.model.config_pbtxt import PLATFORM
+from serve.model.statistics import statistics_message
 from serve.pb import grpc_service_pb2 as pb
-from serve.statistics import statistics_message
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from serve.core import InferenceCore
-    from serve.model_config import TensorSpec
+    from serve.model.model_config import TensorSpec
 
 # What is implemented of Triton's list, by its names.
 EXTENSIONS = (

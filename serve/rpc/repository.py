@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from serve.errors import InvalidArgumentError, UnavailableError, UnsupportedError
-from serve.overrides import parse_override
+from serve.model_repository.overrides import parse_override
 from serve.pb import grpc_service_pb2 as pb
 
 if TYPE_CHECKING:

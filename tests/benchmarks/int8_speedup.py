@@ -114,8 +114,8 @@ def untrained(family: Any, arguments: Mapping[str, Any]) -> Any:
     return model
 
 
-def report(case: Case, target: Target) -> None:
-    """Print sizes and latencies of one network."""
+def graphs(case: Case, target: Target) -> dict[str, bytes]:
+    """The network's graphs by precision."""
     fp32 = export_graph(case.module, case.example)
     flatten = FlattenNormalization()
     if flatten.check(fp32) is None:
@@ -123,7 +123,12 @@ def report(case: Case, target: Target) -> None:
     prepared = prepare(fp32.clone())
     ranges = calibrate(prepared, case.rows, "minmax")
     int8 = CleanUp().apply(StaticInt8(ranges, SCHEMES[target]).apply(prepared).model).model
-    content = {"fp32": serialize(fp32), "int8": serialize(int8)}
+    return {"fp32": serialize(fp32), "int8": serialize(int8)}
+
+
+def report(case: Case, target: Target) -> None:
+    """Print sizes and latencies of one network."""
+    content = graphs(case, target)
     part = len(content["int8"]) / len(content["fp32"])
     print(f"{case.name}: {len(content['fp32'])} to {len(content['int8'])} bytes, x {part:.3f}")
     sessions = {precision: Session(graph) for precision, graph in content.items()}

@@ -13,9 +13,9 @@ import pytest
 
 from loadtest.latency import LatencyRecorder
 from loadtest.payload import request_bytes
-from serve.codec import decode_infer_request
-from serve.datatypes import DATATYPES
 from serve.pb import grpc_service_pb2 as pb
+from serve.protocol.codec import decode_infer_request
+from serve.protocol.datatypes import DATATYPES
 from tests.graphs import scaled, write_model
 
 if TYPE_CHECKING:

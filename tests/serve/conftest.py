@@ -60,7 +60,7 @@ def broken_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(root / "sequence_output", sequence_output())
     for name, config in {
         "bad_text": "max_batch_size: lots",
-        "unsupported_field": "dynamic_batching { }",
+        "unsupported_field": "ensemble_scheduling { }",
         "wrong_name": 'name: "other"',
         "wrong_type": 'input { name: "x" data_type: TYPE_INT8 dims: [-1, 4] }',
         "wrong_shape": 'input { name: "x" data_type: TYPE_FP32 dims: [-1, 5] }',

@@ -13,12 +13,12 @@ import grpc
 import numpy as np
 import pytest
 
-from serve.access_log import AccessLog, AccessRecord, line
+from serve.observability.access_log import AccessLog, AccessRecord, line
+from serve.observability.write_behind import WriteBehind
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from serve.request import Call
 from serve.settings import SettingsError
-from serve.write_behind import WriteBehind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from google.protobuf import text_format
 
-import serve.accelerators
-from serve.accelerators import file_parameters
-from serve.backend_config import PARAMETERS, parse_backend_config, session_settings, takes_parameter
+import serve.runtime.accelerators
 from serve.errors import ModelLoadError
 from serve.pb import model_config_pb2 as pb
-from serve.providers import CPU, CUDA, OPENVINO, TENSORRT, Accelerator
-from serve.session import SessionSettings
+from serve.runtime.accelerators import file_parameters
+from serve.runtime.backend_config import PARAMETERS, parse_backend_config, session_settings, takes_parameter
+from serve.runtime.providers import CPU, CUDA, OPENVINO, TENSORRT, Accelerator
+from serve.runtime.session import SessionSettings
 from serve.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has none, whatever this one has."""
-    monkeypatch.setattr(serve.accelerators, "DEFAULT_ORDER", ())
-    monkeypatch.setattr(serve.accelerators, "GPU_PROVIDERS", ())
-    monkeypatch.setattr(serve.accelerators, "missing", lambda _: "it was built without it")
+    monkeypatch.setattr(serve.runtime.accelerators, "DEFAULT_ORDER", ())
+    monkeypatch.setattr(serve.runtime.accelerators, "GPU_PROVIDERS", ())
+    monkeypatch.setattr(serve.runtime.accelerators, "missing", lambda _: "it was built without it")
 
 
 def parsed(text: str) -> pb.ModelConfig:
@@ -380,7 +380,7 @@ def test_accelerators_know_their_names() -> None:
 
 
 def test_cuda_stands_behind_tensorrt_where_it_is_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve.accelerators, "missing", lambda _: "")
+    monkeypatch.setattr(serve.runtime.accelerators, "missing", lambda _: "")
     text = accelerators(gpu("tensorrt"), cpu("xnnpack")) + "instance_group { gpus: [ 1 ] }"
     assert wanted(text) == [("Tensorrt", {"device_id": "1"}), ("CUDA", {"device_id": "1"}), ("Xnnpack", {})]
     assert [name for name, _ in wanted(accelerators(gpu("cuda"), gpu("tensorrt")))] == ["CUDA", "Tensorrt"]
@@ -389,7 +389,7 @@ def test_cuda_stands_behind_tensorrt_where_it_is_built_in(monkeypatch: pytest.Mo
 def test_without_a_wish_it_is_the_first_default_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU stands for one that works."""
     for name in ("DEFAULT_ORDER", "GPU_PROVIDERS"):
-        monkeypatch.setattr(serve.accelerators, name, ("NoSuchExecutionProvider", CPU, CUDA))
+        monkeypatch.setattr(serve.runtime.accelerators, name, ("NoSuchExecutionProvider", CPU, CUDA))
     assert settings().accelerators == (Accelerator(CPU),)
     assert settings("instance_group { kind: KIND_GPU }").accelerators == (Accelerator(CPU),)
     assert settings("instance_group { kind: KIND_CPU }").accelerators == ()

@@ -13,7 +13,6 @@ from google.protobuf import text_format
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.batcher import BatcherSettings, DynamicBatcher, InOrder
 from serve.errors import (
     CanceledError,
     DeadlineExceededError,
@@ -22,10 +21,11 @@ from serve.errors import (
     UnavailableError,
 )
 from serve.pb import model_config_pb2 as pb
-from serve.policy_queue import DELAY, REJECT, QueuePolicy
 from serve.request import Call, InferRequest
-from serve.run_times import RunTimes
-from serve.scheduler import QueuedRequest
+from serve.scheduling.batcher import BatcherSettings, DynamicBatcher, InOrder
+from serve.scheduling.policy_queue import DELAY, REJECT, QueuePolicy
+from serve.scheduling.run_times import RunTimes
+from serve.scheduling.scheduler import QueuedRequest
 
 SECOND = 1_000_000
 

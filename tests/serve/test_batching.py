@@ -13,9 +13,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from serve.core import InferenceCore
-from serve.datatypes import DATATYPES
 from serve.errors import InternalError, InvalidArgumentError, ModelLoadError
-from serve.repository import Repository
+from serve.model_repository.repository import Repository
+from serve.protocol.datatypes import DATATYPES
 from serve.request import Call, InferRequest, RequestedOutput, Tensor
 from serve.settings import ServerSettings
 from tests.graphs import FLOAT, addition, gather, identity, info, scaled, write_model

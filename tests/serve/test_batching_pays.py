@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.batching_pays import BUDGET_SECONDS, FIXED_SECONDS, measure
+from serve.loading.batching_pays import BUDGET_SECONDS, FIXED_SECONDS, measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from export.repository import Entry, write_entry
-from serve.checksums import verify
 from serve.errors import ModelLoadError
+from serve.loading.checksums import verify
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from serve import codec, wire
-from serve.datatypes import DATATYPES, DataType
-from serve.errors import InvalidArgumentError, UnsupportedError
+from serve.errors import InvalidArgumentError
 from serve.pb import grpc_service_pb2 as pb
-from serve.request import InferResponse, Tensor
+from serve.protocol import codec, tensor_codec, wire
+from serve.protocol.datatypes import DATATYPES, DataType
+from serve.request import InferResponse, SharedArea, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,8 +50,8 @@ def request(**fields: Any) -> pb.ModelInferRequest:
 @given(tensors())
 def test_decode_is_the_inverse_of_encode(tensor: tuple[DataType, np.ndarray]) -> None:
     datatype, array = tensor
-    raw = bytes(codec.encode_tensor(datatype, array))
-    decoded = codec.decode_tensor("x", datatype, array.shape, raw)
+    raw = bytes(tensor_codec.encode_tensor(datatype, array))
+    decoded = tensor_codec.decode_tensor("x", datatype, array.shape, raw)
     assert decoded.dtype == datatype.dtype
     np.testing.assert_array_equal(decoded, array)
 
@@ -61,7 +61,7 @@ def test_typed_contents_decode_like_raw_bytes(tensor: tuple[DataType, np.ndarray
     datatype, array = tensor
     contents = pb.InferTensorContents()
     getattr(contents, str(datatype.contents)).extend(array.reshape(-1).tolist())
-    decoded = codec.decode_contents("x", datatype, array.shape, contents)
+    decoded = tensor_codec.decode_contents("x", datatype, array.shape, contents)
     assert decoded.dtype == datatype.dtype
     np.testing.assert_array_equal(decoded, array)
 
@@ -77,13 +77,14 @@ def test_response_is_what_protobuf_would_write(
     assert message.SerializeToString() == data
     assert [o.datatype for o in message.outputs] == [datatype.name for datatype, _ in outputs]
     for (datatype, array), raw in zip(outputs, message.raw_output_contents, strict=True):
-        np.testing.assert_array_equal(codec.decode_tensor("y", datatype, array.shape, raw), array)
+        np.testing.assert_array_equal(tensor_codec.decode_tensor("y", datatype, array.shape, raw), array)
 
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_request_or_an_invalid_argument(data: bytes) -> None:
-    with contextlib.suppress(InvalidArgumentError, UnsupportedError):
+    with contextlib.suppress(InvalidArgumentError):
         codec.decode_infer_request(data)
+    assert isinstance(codec.request_id(data), str)
 
 
 @given(
@@ -165,7 +166,7 @@ def test_narrow_types_take_the_low_bytes_of_each_element(name: str) -> None:
     contents = pb.InferTensorContents()
     getattr(contents, str(datatype.contents)).append(0x0102_0384)
     expected = np.array([0x0102_0384], np.uint32).astype(datatype.dtype)
-    np.testing.assert_array_equal(codec.decode_contents("x", datatype, (1,), contents), expected)
+    np.testing.assert_array_equal(tensor_codec.decode_contents("x", datatype, (1,), contents), expected)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +189,11 @@ def test_a_malformed_tensor_is_named_with_what_is_wrong(message: pb.ModelInferRe
     assert text in str(caught.value)
 
 
-def test_raw_and_typed_contents_are_not_mixed() -> None:
+@pytest.mark.parametrize("typed", [0, 1])
+def test_raw_and_typed_contents_are_not_mixed(typed: int) -> None:
     message = request(raw_input_contents=[struct.pack("<f", 1)])
-    message.inputs[0].contents.fp32_contents.append(1)
+    message.inputs.add(name="x", datatype="FP32", shape=[1])
+    message.inputs[typed].contents.fp32_contents.append(1)
     with pytest.raises(InvalidArgumentError, match="in the same form"):
         codec.decode_infer_request(message.SerializeToString())
 
@@ -208,6 +211,13 @@ def test_contents_in_another_datatypes_field_are_refused() -> None:
         ("triton_secret", {"bool_param": True}, "reserved"),
         ("sequence_start", {"int64_param": 1}, "expected bool_param, got int64_param"),
         ("priority", {"string_param": "high"}, "expected int64_param or uint64_param"),
+        ("timeout", {"uint64_param": 1}, "expected int64_param, got uint64_param"),
+        ("priority", {"int64_param": -1}, "expected 0 or more, got -1"),
+        (
+            "anything",
+            {"uint64_param": 1},
+            "expected bool_param or int64_param or string_param or double_param",
+        ),
         ("anything", {}, "got none"),
     ],
 )
@@ -226,11 +236,121 @@ def test_parameters_arrive_with_their_types() -> None:
     assert decoded.parameters == {"a": 0.5, "b": "text"}
 
 
-def test_shared_memory_is_refused_by_name() -> None:
-    message = request()
-    message.inputs[0].parameters["shared_memory_region"].string_param = "region"
-    with pytest.raises(UnsupportedError, match="'x': shared memory"):
+def shared(message: Any, **parameters: str | int) -> Any:
+    for name, value in parameters.items():
+        parameter = message.parameters[f"shared_memory_{name}"]
+        setattr(parameter, "string_param" if isinstance(value, str) else "int64_param", value)
+    return message
+
+
+def test_an_input_in_shared_memory_uses_up_no_raw_entry() -> None:
+    message = request(raw_input_contents=[struct.pack("<f", 1), struct.pack("<f", 2), b"more than is needed"])
+    shared(message.inputs[0], region="r", byte_size=4, offset=8)
+    message.inputs.add(name="a", datatype="FP32", shape=[1])
+    message.inputs.add(name="b", datatype="FP32", shape=[1])
+    decoded = codec.decode_infer_request(message.SerializeToString())
+    assert [(tensor.name, tensor.array.tolist()) for tensor in decoded.inputs] == [("a", [1]), ("b", [2])]
+    (left,) = decoded.shared_inputs
+    assert (left.name, left.datatype.name, left.shape, left.area) == (
+        "x",
+        "FP32",
+        (1,),
+        SharedArea("r", 8, 4),
+    )
+
+
+def test_an_output_in_shared_memory_says_where() -> None:
+    message = request(raw_input_contents=[struct.pack("<f", 1)])
+    shared(message.outputs.add(name="y"), region="r", byte_size=4)
+    message.outputs.add(name="z").parameters["anything"].bool_param = True
+    decoded = codec.decode_infer_request(message.SerializeToString())
+    assert [output.shared_memory for output in decoded.outputs] == [SharedArea("r", 0, 4), None]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    [
+        ({"region": 5, "byte_size": 4}, "shared_memory_region must be a string_param"),
+        ({"region": "r"}, "shared_memory_byte_size is missing"),
+        ({"region": "r", "byte_size": "4"}, "shared_memory_byte_size must be an int64_param"),
+        ({"region": "r", "byte_size": -4}, "shared_memory_byte_size must be an int64_param, 0 or more"),
+        ({"region": "r", "byte_size": 4, "offset": -1}, "shared_memory_offset must be an int64_param"),
+        ({"byte_size": 4}, "shared_memory_byte_size is there without shared_memory_region"),
+        ({"offset": 4}, "shared_memory_offset is there without shared_memory_region"),
+    ],
+)
+@pytest.mark.parametrize("role", ["input", "output"])
+def test_bad_shared_memory_parameters_are_refused(
+    role: str, parameters: dict[str, str | int], text: str
+) -> None:
+    message = request(raw_input_contents=[struct.pack("<f", 1)])
+    name = "x" if role == "input" else "y"
+    shared(message.inputs[0] if role == "input" else message.outputs.add(name="y"), **parameters)
+    with pytest.raises(InvalidArgumentError, match=f"{role} '{name}': {text}"):
         codec.decode_infer_request(message.SerializeToString())
+
+
+def test_typed_contents_beside_shared_memory_are_refused() -> None:
+    message = request()
+    message.inputs[0].contents.fp32_contents.append(1)
+    shared(message.inputs[0], region="r", byte_size=4)
+    with pytest.raises(InvalidArgumentError, match="typed contents beside its bytes in shared memory"):
+        codec.decode_infer_request(message.SerializeToString())
+
+
+def test_an_output_is_not_both_classes_and_in_shared_memory() -> None:
+    message = request(raw_input_contents=[struct.pack("<f", 1)])
+    output = shared(message.outputs.add(name="y"), region="r", byte_size=4)
+    output.parameters["classification"].int64_param = 2
+    with pytest.raises(InvalidArgumentError, match="exclude each other"):
+        codec.decode_infer_request(message.SerializeToString())
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=5),
+        st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=9),
+    ),
+    st.lists(tensors(), max_size=3),
+)
+def test_a_stream_response_is_what_protobuf_would_write(
+    parameters: dict[str, Any], outputs: list[tuple[DataType, np.ndarray]]
+) -> None:
+    named = tuple(Tensor(f"y{i}", *tensor) for i, tensor in enumerate(outputs))
+    response = InferResponse("m", "1", "id", named, parameters)
+    message = pb.ModelStreamInferResponse.FromString(codec.encode_stream_response(response))
+    inner = message.infer_response
+    found = {
+        name: getattr(parameter, str(parameter.WhichOneof("parameter_choice")))
+        for name, parameter in inner.parameters.items()
+    }
+    assert found == {**parameters, "triton_final_response": True}
+    assert {name: type(value) for name, value in found.items()} == {
+        name: type(value) for name, value in {**parameters, "triton_final_response": True}.items()
+    }
+    assert not message.error_message
+    del inner.parameters["triton_final_response"]
+    again = pb.ModelInferResponse.FromString(codec.encode_infer_response(response))
+    assert inner == again
+    assert len(inner.raw_output_contents) == len(outputs)
+
+
+def test_a_stream_error_says_which_request_failed() -> None:
+    message = pb.ModelStreamInferResponse.FromString(codec.encode_stream_error("seven", "it is too long"))
+    assert message == pb.ModelStreamInferResponse(
+        error_message="it is too long", infer_response=pb.ModelInferResponse(id="seven")
+    )
+    assert pb.ModelStreamInferResponse.FromString(codec.encode_stream_error("", "")).error_message
+
+
+@pytest.mark.parametrize("padding", [0, codec.SPLIT_FROM_BYTES])
+def test_the_id_of_a_bad_request_is_found(padding: int) -> None:
+    message = request(raw_input_contents=[b"123" + bytes(padding)])
+    message.id = "seven"
+    with pytest.raises(InvalidArgumentError, match="expected 4 bytes"):
+        codec.decode_infer_request(message.SerializeToString())
+    assert codec.request_id(message.SerializeToString()) == "seven"
+    assert not codec.request_id(b"\xff" + message.SerializeToString())
 
 
 def test_every_datatype_of_the_protocol_is_there() -> None:

@@ -15,8 +15,9 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from serve import __version__
-from serve.providers import usable_cores
-from serve.settings import ServerSettings, SettingsError, parse_server_settings
+from serve.flags import WITHOUT_EFFECT, parse_server_settings
+from serve.runtime.cores import usable_cores
+from serve.settings import ServerSettings, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,14 +35,28 @@ def onnxedge(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def parse(*arguments: str, **environment: str) -> ServerSettings:
-    return parse_server_settings(arguments, environment)
+    return parse_server_settings(arguments, environment)[0]
 
 
 def test_flags_are_spelled_as_tritons(tmp_path: Path) -> None:
     settings = parse(
         f"--model-repository={tmp_path}", "--grpc-port", "9001", "--allow-metrics=0", "--id=edge"
     )
-    assert settings == ServerSettings((tmp_path,), server_id="edge", grpc_port=9001, allow_metrics=False)
+    assert settings == ServerSettings(
+        model_repository=(tmp_path,), server_id="edge", grpc_port=9001, allow_metrics=False
+    )
+
+
+def test_flags_of_triton_that_change_nothing_here_are_named_in_a_warning(tmp_path: Path) -> None:
+    line = ["--http-port=8000", "--allow-gpu-metrics", "false", "--pinned-memory-pool-byte-size=1"]
+    settings, warnings = parse_server_settings([f"--model-repository={tmp_path}", *line], {})
+    assert settings == ServerSettings(model_repository=(tmp_path,))
+    assert [warning.split()[0] for warning in warnings] == [
+        "--http-port",
+        "--allow-gpu-metrics",
+        "--pinned-memory-pool-byte-size",
+    ]
+    assert not {f"--{flag}" for flag in ("grpc-port", "load-model", "backend-config")} & WITHOUT_EFFECT.keys()
 
 
 def test_model_repository_may_be_given_more_than_once(tmp_path: Path) -> None:
@@ -66,7 +81,9 @@ def test_flags_win_over_the_environment(tmp_path: Path) -> None:
         ([], "--model-repository is missing"),
         (["--model-repository=/nowhere"], "/nowhere is not a folder"),
         (["--model-repositry=/tmp"], "unknown flag --model-repositry: did you mean --model-repository"),
-        (["--http-port=8000"], "unknown flag --http-port: onnxedge serve --help lists"),
+        (["--colour=red"], "unknown flag --colour: onnxedge serve --help lists"),
+        (["--model-repository=.", "--load-model=a"], "--load-model needs --model-control-mode=explicit"),
+        (["--model-repository=.", "--model-control-mode=pull"], "'pull', expected none or explicit or poll"),
         (["models"], "unexpected 'models': did you mean --model-repository models?"),
         (["--model-repository=.", "--grpc-port=99999"], "--grpc-port is 99999, expected 0 to 65535"),
         (["--model-repository=.", "--grpc-port=eight"], "--grpc-port: invalid int value: 'eight'"),

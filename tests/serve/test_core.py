@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from serve.core import InferenceCore
-from serve.datatypes import DATATYPES
 from serve.errors import (
     CanceledError,
     DeadlineExceededError,
@@ -21,7 +20,8 @@ from serve.errors import (
     NotFoundError,
     UnavailableError,
 )
-from serve.repository import Repository
+from serve.model_repository.repository import Repository
+from serve.protocol.datatypes import DATATYPES
 from serve.request import Call, InferRequest, RequestedOutput, Tensor
 from serve.settings import ServerSettings
 
@@ -33,9 +33,10 @@ LONG = 1_000_000  # multiplications of the slow model: minutes, so that only a c
 
 
 def make_core(root: Path, **settings: Any) -> InferenceCore:
-    repository = Repository([root])
+    full = ServerSettings(model_repository=(root,), **settings)
+    repository = Repository(full)
     repository.load()
-    return InferenceCore(ServerSettings(model_repository=(root,), **settings), repository)
+    return InferenceCore(full, repository)
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +185,12 @@ def test_models_that_cannot_be_loaded_say_why_and_the_others_serve(broken: Infer
         model.name: "; ".join(model.problems.values()) for model in broken.repository.models if model.problems
     }
     expected = {
-        "corrupt": "INVALID_PROTOBUF",
+        "corrupt": "is no ONNX model",
         "missing_file": "missing_file/1/model.onnx is missing",
         "no_version": "no version folder",
         "sequence_output": "no datatype for",
         "bad_text": "config.pbtxt: 1:17",
-        "unsupported_field": "'dynamic_batching' is not supported",
+        "unsupported_field": "'ensemble_scheduling' is not supported",
         "wrong_name": "name is 'other'",
         "wrong_type": "TYPE_INT8, the graph has TYPE_FP32",
         "wrong_shape": "the graph has [-1, 4]",
@@ -220,19 +221,19 @@ def test_readiness_that_is_not_strict_waits_for_no_model(broken_repository: Path
 def test_a_link_that_leads_outside_the_repository_is_not_followed(tmp_path: Path, repository: Path) -> None:
     (tmp_path / "models" / "linked").mkdir(parents=True)
     (tmp_path / "models" / "linked" / "1").symlink_to(repository / "fixed" / "1")
-    other = Repository([tmp_path / "models"])
+    other = Repository(ServerSettings(model_repository=(tmp_path / "models",)))
     other.load()
     assert "leads outside the model repository" in other.models[0].problems[1]
 
 
 def test_a_model_given_as_repository_is_pointed_to_its_parent(repository: Path) -> None:
     with pytest.raises(ModelLoadError, match="is a model, not a model repository: give its parent"):
-        Repository([repository / "fixed"]).load()
+        Repository(ServerSettings(model_repository=(repository / "fixed",))).load()
 
 
 def test_a_name_in_two_repositories_is_reported(tmp_path: Path, repository: Path) -> None:
     (tmp_path / "fixed" / "1").mkdir(parents=True)
-    both = Repository([repository, tmp_path])
+    both = Repository(ServerSettings(model_repository=(repository, tmp_path)))
     both.load()
     fixed = next(model for model in both.models if model.name == "fixed")
     assert "earlier model repository" in str(fixed.problems[None])
@@ -276,14 +277,17 @@ def test_waiting_requests_are_cancelled_and_expire_without_a_run(repository: Pat
         waiting[0].result(60)
     for call in slow:
         call.cancel()
-    with pytest.raises(DeadlineExceededError, match="in the queue"):
+    with pytest.raises(DeadlineExceededError, match="passed while it waited"):
         waiting[1].result(60)
     for future in running:
         with pytest.raises(CanceledError):
             future.result(60)
     core.repository.close()
     counts = version.statistics.snapshot()
-    assert (counts.success, counts.failure) == (0, {"REJECTED": 1, "CANCELED": 3, "BACKEND": 0, "OTHER": 0})
+    assert (counts.requests.count, counts.failure) == (
+        0,
+        {"REJECTED": 1, "CANCELED": 3, "BACKEND": 0, "OTHER": 0},
+    )
 
 
 def test_closing_answers_what_waits(repository: Path) -> None:
@@ -304,9 +308,9 @@ def test_statistics_count_exactly(repository: Path) -> None:
         infer(core, "gather", int64("x", [9]))
     assert core.repository.get("gather").statistics.snapshot().failure["BACKEND"] == 1
     counts = core.repository.get("batched").statistics.snapshot()
-    assert (counts.success, counts.inferences, counts.compute().executions) == (3, 8, 3)
+    assert (counts.requests.count, counts.inferences, counts.executions) == (3, 8, 3)
     assert counts.failure["OTHER"] == 1
-    compute = counts.compute()
+    compute = counts.requests
     parts = counts.queue_ns + compute.input_ns + compute.infer_ns + compute.output_ns
     assert parts == counts.request_ns > 0
     core.repository.close()

@@ -18,14 +18,14 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image, ImageOps
 
-from serve.config_pbtxt import read_config
 from serve.core import InferenceCore
-from serve.datatypes import DATATYPES
-from serve.encoded_image import MAX_SCANS, EncodedImage
 from serve.errors import InvalidArgumentError
+from serve.model.config_pbtxt import read_config
+from serve.model.encoded_image import MAX_SCANS, EncodedImage
+from serve.model_repository.repository import Repository
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
-from serve.repository import Repository
+from serve.protocol.datatypes import DATATYPES
 from serve.request import Call, InferRequest, Tensor
 from serve.settings import ServerSettings
 from tests.graphs import info, write_model
@@ -97,7 +97,7 @@ def core(image_repository: Path) -> Iterator[InferenceCore]:
 
 def make_core(root: Path, **settings: Any) -> InferenceCore:
     full = ServerSettings(model_repository=(root,), **settings)
-    repository = Repository([root], full.max_image_pixels)
+    repository = Repository(full)
     repository.load()
     return InferenceCore(full, repository)
 
@@ -170,7 +170,7 @@ def test_sixteen_bits_become_eight(core: InferenceCore) -> None:
 
 
 def test_a_system_without_cpu_affinity_decodes_too() -> None:
-    script = "import os; del os.sched_getaffinity; import serve.encoded_image"
+    script = "import os; del os.sched_getaffinity; import serve.model.encoded_image"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -330,8 +330,9 @@ def test_without_pillow_the_model_is_not_loaded_and_says_which_extra(image_repos
 import sys
 sys.modules["PIL"] = None  # as if it were not installed
 from pathlib import Path
-from serve.repository import Repository
-repository = Repository([Path({str(image_repository)!r})])
+from serve.model_repository.repository import Repository
+from serve.settings import ServerSettings
+repository = Repository(ServerSettings(model_repository=(Path({str(image_repository)!r}),)))
 repository.load()
 print(repository.models[0].problems)
 """

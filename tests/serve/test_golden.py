@@ -11,11 +11,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from export.repository import golden as golden_bytes
-from serve import golden
 from serve.errors import ModelLoadError
-from serve.model_config import resolve
+from serve.loading import golden
+from serve.model.model_config import resolve
 from serve.pb import model_config_pb2 as pb
-from serve.session import Session, SessionSettings
+from serve.runtime.session import Session, SessionSettings
 from tests.graphs import FLOAT, identity, info, write_model
 
 if TYPE_CHECKING:

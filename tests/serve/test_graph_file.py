@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from serve.errors import ModelLoadError
-from serve.graph_file import external_data, read_graph_file
+from serve.loading.graph_file import external_data, read_graph_file
 from tests.graphs import info, slow, write_model
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from serve import __version__
-from serve.codec import decode_tensor
-from serve.datatypes import DATATYPES
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from serve.protocol.datatypes import DATATYPES
+from serve.protocol.tensor_codec import decode_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -122,15 +122,6 @@ def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:
     assert refused(call, b"")[0] == "UNIMPLEMENTED"
 
 
-def test_what_is_not_implemented_says_so(stub: Any) -> None:
-    load = refused(stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="fixed"))
-    assert load == ("UNIMPLEMENTED", f"RepositoryModelLoad is not implemented by onnxedge {__version__}")
-    with pytest.raises(grpc.RpcError) as caught:
-        list(stub.ModelStreamInfer(iter([pb.ModelInferRequest()])))
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert "ModelStreamInfer is not" in (caught.value.details() or "")
-
-
 def test_a_request_over_the_limit_is_refused_and_the_server_goes_on(stub: Any) -> None:
     message = request("identity_fp32", x=np.zeros((25, 1_000_000), np.float32))
     code, details = refused(stub.ModelInfer, message)
@@ -170,11 +161,14 @@ def test_typed_contents_are_answered_raw(stub: Any) -> None:
     assert array.tolist() == [[-1, 0, 127]]
 
 
-def test_server_metadata_names_only_what_is_there(stub: Any) -> None:
+def test_server_metadata_names_tritons_extensions(stub: Any) -> None:
     metadata = stub.ServerMetadata(pb.ServerMetadataRequest())
     assert metadata.name == "onnxedge"
+    assert metadata.version == __version__
     assert list(metadata.extensions) == [
-        "classification", "binary_tensor_data", "model_configuration", "statistics",
+        "classification", "sequence", "model_repository", "model_repository(unload_dependents)",
+        "schedule_policy", "model_configuration", "system_shared_memory", "cuda_shared_memory",
+        "binary_tensor_data", "parameters", "statistics", "trace", "logging",
     ]  # fmt: skip
 
 
@@ -209,11 +203,11 @@ def test_a_broken_model_is_not_serving_and_the_others_are(
         assert [status(name) for name in ("", "good", "corrupt")] == [NOT_SERVING, SERVING, NOT_SERVING]
         assert not stub.ServerReady(pb.ServerReadyRequest()).ready
         code, details = refused(stub.ModelInfer, request("corrupt"))
-        assert (code, "INVALID_PROTOBUF" in details) == ("NOT_FOUND", True)
+        assert (code, "is no ONNX model" in details) == ("NOT_FOUND", True)
         assert str(broken_repository) not in details
         message = request("good", x=np.ones((1, 4), np.float32))
         assert stub.ModelInfer(message).raw_output_contents == message.raw_input_contents
-    assert "INVALID_PROTOBUF" in "".join(server.log)
+    assert "is no ONNX model" in "".join(server.log)
     assert server.stop() == 0
 
 

@@ -12,16 +12,16 @@ import onnxruntime as ort
 import pytest
 from google.protobuf import text_format
 
-from serve.datatypes import DATATYPES
 from serve.errors import InternalError, ModelLoadError
-from serve.implicit_state import ImplicitState, hidden_inputs, hidden_outputs, warm_up_inputs
-from serve.live_sequences import LiveSequence, SequenceStep
+from serve.model.implicit_state import ImplicitState, hidden_inputs, hidden_outputs, warm_up_inputs
 from serve.pb import model_config_pb2 as pb
+from serve.protocol.datatypes import DATATYPES
 from serve.request import Call, InferRequest, Tensor
-from serve.scheduler import QueuedRequest
-from serve.sequence import SequenceScheduler
-from serve.sequence_config import SequenceSettings
-from serve.session import GraphTensor
+from serve.runtime.session import GraphTensor
+from serve.scheduling.live_sequences import LiveSequence, SequenceStep
+from serve.scheduling.scheduler import QueuedRequest
+from serve.scheduling.sequence import SequenceScheduler
+from serve.scheduling.sequence_config import SequenceSettings
 from tests.graphs import write_model
 from tests.serve import stateful_lstm
 

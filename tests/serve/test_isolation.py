@@ -12,13 +12,13 @@ import pytest
 from google.protobuf import text_format
 from onnx import TensorProto, helper
 
-import serve.isolation
+import serve.loading.isolation
 from serve.errors import ModelLoadError
-from serve.isolation import ProbeLimits, probe
+from serve.loading.isolation import ProbeLimits, probe
 from serve.pb import model_config_pb2 as pb
 from serve.pb.grpc_service_pb2 import ModelReadyRequest
 from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
-from serve.session import SessionSettings
+from serve.runtime.session import SessionSettings
 from tests.graphs import FLOAT, gather, identity, info, scaled, sequence_output, slow, write_model
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def test_the_process_knows_nothing_of_the_servers_environment(
     path = write_model(tmp_path, scaled(1))
     (path.parent / "numpy.py").write_text("raise SystemExit('imported from the version folder')")
     (path.parent / "json.py").write_text("raise SystemExit('imported from the version folder')")
-    assert "SECRET_TOKEN" not in serve.isolation._environment()
+    assert "SECRET_TOKEN" not in serve.loading.isolation._environment()
     probe(path, SessionSettings(), LIMITS)
 
 

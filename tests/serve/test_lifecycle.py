@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from serve.errors import InternalError, InvalidArgumentError, ModelLoadError, UnavailableError
-from serve.lifecycle import Model
-from serve.model_folder import check_repository, is_file_name, model_folders, model_names, stamp
-from serve.overrides import parse_override
+from serve.model_repository.lifecycle import Model
+from serve.model_repository.model_folder import (
+    check_repository,
+    is_file_name,
+    model_folders,
+    model_names,
+    stamp,
+)
+from serve.model_repository.overrides import parse_override
+from serve.model_repository.polling import Changes, changes
+from serve.model_repository.turns import Turns
 from serve.pb import grpc_service_pb2 as pb
-from serve.polling import Changes, changes
-from serve.turns import Turns
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from serve.model import ModelVersion
+    from serve.model.version import ModelVersion
 
 
 def versions(*numbers: int) -> dict[int, ModelVersion]:
@@ -148,7 +154,7 @@ def test_links_in_circles_and_floods_of_files_end(tmp_path: Path, monkeypatch: p
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "again").symlink_to(tmp_path)
     stamp(tmp_path)
-    monkeypatch.setattr("serve.model_folder._MAX_FILES", 3)
+    monkeypatch.setattr("serve.model_repository.model_folder._MAX_FILES", 3)
     for number in range(4):
         (tmp_path / f"file{number}").touch()
     with pytest.raises(ModelLoadError, match="more than 3 files"):

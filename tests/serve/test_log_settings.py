@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from serve.errors import InvalidArgumentError
-from serve.log_settings import LogSettings, _Formatter
+from serve.observability.log_settings import LogSettings, _Formatter
 from serve.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def test_the_log_can_go_to_a_file_that_is_rotated(
 # A process of its own: the log's handler is the process's.
 SCRIPT = """
 import logging, pathlib, sys
-from serve.log_settings import configure_logging
+from serve.observability.log_settings import configure_logging
 from serve.settings import ServerSettings
 path = pathlib.Path(sys.argv[2])
 configure_logging(ServerSettings(model_repository=(pathlib.Path(sys.argv[1]),), log_file=str(path)))

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.histogram import latencies
-from serve.metrics import MetricsServer
+from serve.observability.histogram import latencies
+from serve.observability.metrics import MetricsServer
+from serve.observability.system_usage import SystemUsage
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
-from serve.system_usage import SystemUsage
 from tests.graphs import addition, write_model
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def test_usage_is_read_from_proc_and_is_0_without_one(
     (tmp_path / "stat").write_text("cpu 10 0 10 70 10 0 0 0 5 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
     usage = SystemUsage(tmp_path)
     assert usage.memory_bytes() == (100 * 1024, 60 * 1024)
-    monkeypatch.setattr("serve.system_usage._LEAST_INTERVAL_SECONDS", 0)
+    monkeypatch.setattr("serve.observability.system_usage._LEAST_INTERVAL_SECONDS", 0)
     (tmp_path / "stat").write_text("cpu 25 0 15 130 30 0 0 0 20 0\n")
     assert usage.cpu_utilization() == pytest.approx(20 / 100)
 

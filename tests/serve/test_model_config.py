@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 from google.protobuf import text_format
 
-from serve.config_pbtxt import InstanceSettings, instance_settings, read_config, select_versions
 from serve.errors import ModelLoadError
-from serve.model_config import ModelConfig, resolve
+from serve.model.config_pbtxt import read_config, select_versions
+from serve.model.model_config import ModelConfig, resolve
 from serve.pb import model_config_pb2 as pb
-from serve.session import GraphTensor
+from serve.runtime.session import GraphTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,9 +87,9 @@ def test_a_tensor_that_the_protocol_cannot_carry_is_refused() -> None:
     [
         ("max_batch_size: lots", "config.pbtxt: 1:17"),
         ("no_such_field: 1", "no_such_field"),
-        ("dynamic_batching { max_queue_delay_microseconds: 1 }", "field 'dynamic_batching' is not supported"),
+        ("ensemble_scheduling { max_inflight_requests: 1 }", "field 'ensemble_scheduling' is not supported"),
         ('input { name: "x" optional: true }', "field 'input.optional' is not supported"),
-        ("optimization { cuda { graphs: true } }", "field 'optimization.cuda' is not supported"),
+        ("input { allow_ragged_batch: true }", "field 'input.allow_ragged_batch' is not supported"),
         ('parameters { key: "FOO" value { string_value: "1" } }', "parameter 'FOO' is not supported"),
         ('name: "other"', "name is 'other', expected 'm'"),
         ('backend: "python"', "backend is 'python', expected 'onnxruntime'"),
@@ -120,18 +120,3 @@ def test_version_policy(policy: str, expected: list[int]) -> None:
 def test_a_specific_version_that_is_missing_is_named() -> None:
     with pytest.raises(ModelLoadError, match=r"asks for \[3\], the folder has \[1\]"):
         select_versions(parsed("version_policy { specific { versions: 3 } }"), [1])
-
-
-def test_instance_settings() -> None:
-    text = """
-        instance_group { count: 3 kind: KIND_CPU }
-        parameters { key: "intra_op_thread_count" value { string_value: "2" } }
-        optimization { graph { level: -1 } }
-    """
-    assert instance_settings(parsed(text)) == InstanceSettings(3, "KIND_CPU", 2, 1, -1)
-
-
-def test_a_thread_count_that_is_no_number_is_refused() -> None:
-    text = 'parameters { key: "intra_op_thread_count" value { string_value: "many" } }'
-    with pytest.raises(ModelLoadError, match="'many', expected a number"):
-        instance_settings(parsed(text))

@@ -19,11 +19,11 @@ from serve.errors import (
     ModelLoadError,
     UnavailableError,
 )
-from serve.expiries import Expiries
 from serve.pb import model_config_pb2 as pb
-from serve.policy_queue import DELAY, REJECT, PriorityQueue, QueuePolicy
 from serve.request import Call, InferRequest
-from serve.scheduler import QueuedRequest
+from serve.scheduling.expiries import Expiries
+from serve.scheduling.policy_queue import DELAY, REJECT, PriorityQueue, QueuePolicy
+from serve.scheduling.scheduler import QueuedRequest
 
 if TYPE_CHECKING:
     from serve.request import Parameter
@@ -107,10 +107,10 @@ def test_a_level_of_any_number_costs_nothing_when_it_is_empty() -> None:
 
 
 @pytest.mark.parametrize("name", ["timeout", "priority"])
-@pytest.mark.parametrize("value", [-1, 1.5, "1", True])
-def test_a_parameter_that_is_no_number_of_at_least_0_is_refused(name: str, value: Parameter) -> None:
+@pytest.mark.parametrize("value", [1.5, "1", True])
+def test_a_parameter_that_is_no_number_is_refused(name: str, value: Parameter) -> None:
     queue = PriorityQueue(QueuePolicy(), 3, 2)
-    with pytest.raises(InvalidArgumentError, match=f"'{name}' is .*, expected an integer of at least 0"):
+    with pytest.raises(InvalidArgumentError, match=f"'{name}' is .*, expected an integer"):
         queue.enqueue(queued(None, (), **{name: value}), 0)
     assert len(queue) == 0
 

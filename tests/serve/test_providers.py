@@ -12,10 +12,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from serve import fallback, providers
-from serve.cores import usable_cores
 from serve.errors import ModelLoadError
-from serve.providers import (
+from serve.runtime import fallback, providers
+from serve.runtime.cores import usable_cores
+from serve.runtime.providers import (
     CPU,
     CUDA,
     TENSORRT,
@@ -26,7 +26,7 @@ from serve.providers import (
     provider_name,
     short_name,
 )
-from serve.session import Session, SessionSettings
+from serve.runtime.session import Session, SessionSettings
 from tests.graphs import addition, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -154,7 +154,7 @@ def test_a_plugin_package_is_found_and_its_fault_is_told(tmp_path: Path) -> None
         "def get_library_path():\n    return '/nowhere/libfake.so'\n"
     )
     code = (
-        "from serve.providers import main, missing; main([]);"
+        "from serve.runtime.providers import main, missing; main([]);"
         "print(missing('FakeExecutionProvider') != '', missing('onnxruntime_ep_broken'))"
     )
     (tmp_path / "onnxruntime_ep_broken.py").write_text("raise RuntimeError('half installed')")

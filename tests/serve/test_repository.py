@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from serve.core import InferenceCore
-from serve.datatypes import DATATYPES
 from serve.errors import InternalError, InvalidArgumentError, NotFoundError, UnavailableError
-from serve.lifecycle import Model
-from serve.overrides import Override
+from serve.model_repository.lifecycle import Model
+from serve.model_repository.overrides import Override
+from serve.model_repository.repository import MOST_CHANGES, Repository
 from serve.pb import model_config_pb2
-from serve.repository import MOST_CHANGES, Repository
+from serve.protocol.datatypes import DATATYPES
 from serve.request import Call, InferRequest, Tensor
 from serve.settings import ServerSettings
 from tests.graphs import identity, scaled, slow, write_model

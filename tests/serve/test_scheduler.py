@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from serve.errors import CanceledError, DeadlineExceededError
 from serve.request import Call, InferRequest
-from serve.scheduler import DefaultScheduler, QueuedRequest
+from serve.scheduling.scheduler import DefaultScheduler, QueuedRequest
 
 
 def queued(deadline: float | None = None) -> QueuedRequest:

@@ -20,18 +20,18 @@ from serve.errors import (
     ModelLoadError,
     UnavailableError,
 )
-from serve.executor import Executor
 from serve.pb import model_config_pb2 as pb
 from serve.request import Call, InferRequest
-from serve.scheduler import QueuedRequest
-from serve.sequence import SequenceScheduler
-from serve.sequence_config import SequenceSettings
+from serve.scheduling.executor import Executor
+from serve.scheduling.scheduler import QueuedRequest
+from serve.scheduling.sequence import SequenceScheduler
+from serve.scheduling.sequence_config import SequenceSettings
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     from serve.errors import ServeError
-    from serve.live_sequences import LiveSequence
+    from serve.scheduling.live_sequences import LiveSequence
 
 IDLE = 10.0
 

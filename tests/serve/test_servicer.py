@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from serve.core import InferenceCore
 from serve.errors import ServeError
+from serve.model_repository.repository import Repository
 from serve.pb import grpc_service_pb2 as pb
-from serve.repository import Repository
 from serve.request import Call
-from serve.servicer import METHODS
+from serve.rpc.servicer import METHODS, RPCS, STREAM
 from serve.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def core(repository: Path) -> Iterator[InferenceCore]:
-    loaded = Repository([repository])
+    settings = ServerSettings(model_repository=(repository,))
+    loaded = Repository(settings)
     loaded.load()
-    yield InferenceCore(ServerSettings(model_repository=(repository,)), loaded)
+    yield InferenceCore(settings, loaded)
     loaded.close()
 
 
@@ -66,13 +67,9 @@ def test_any_bytes_are_answered_or_refused_with_a_code(core: InferenceCore, name
     except ServeError as error:
         # What a client sends is never the server's fault, but for a graph that fails on its data.
         refusals = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"}
-        assert error.code in refusals or "while running Gather" in str(error)  # noqa: PT017 - either outcome is right
+        switched_off = error.code == "UNAVAILABLE" and name.startswith(("RepositoryModel", "SystemShared"))
+        assert error.code in refusals or switched_off or "while running Gather" in str(error)  # noqa: PT017 - either outcome is right
 
 
-def test_the_six_core_methods_are_there_and_what_clients_ask_of_a_model() -> None:
-    assert set(METHODS) == {
-        "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer",
-        "ModelConfig", "ModelStatistics", "RepositoryIndex",
-    }  # fmt: skip
-    described = {method.name for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods}
-    assert set(METHODS) <= described
+def test_every_method_of_the_protocol_is_there() -> None:
+    assert {*METHODS, STREAM} == set(RPCS)

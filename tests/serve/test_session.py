@@ -13,10 +13,10 @@ import onnxruntime as ort
 import pytest
 
 from serve.errors import CanceledError, InternalError, InvalidArgumentError, ModelLoadError
-from serve.placement import Placement
-from serve.providers import CPU, CUDA, TENSORRT, Accelerator
 from serve.request import Call
-from serve.session import Session, SessionSettings
+from serve.runtime.placement import Placement
+from serve.runtime.providers import CPU, CUDA, TENSORRT, Accelerator
+from serve.runtime.session import Session, SessionSettings
 from tests.graphs import addition, gather, identity, slow, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -155,7 +155,8 @@ def test_a_shared_pool_has_one_set_of_threads(path: Path) -> None:
     """In a process of its own: the pool is the process's for good, and sessions that don't ask get it too."""
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from serve.providers import problem; from serve.session import Session, SessionSettings\n"
+        "from serve.runtime.providers import problem\n"
+        "from serve.runtime.session import Session, SessionSettings\n"
         "def load(shared):\n"
         "    return Session(Path(sys.argv[1]), SessionSettings(intra_op_threads=2, shared_pool=shared))\n"
         "before = len(os.listdir('/proc/self/task'))\n"

@@ -17,17 +17,17 @@ import grpc
 import numpy as np
 import pytest
 
-from serve.datatypes import DATATYPES
 from serve.errors import InvalidArgumentError, UnsupportedError
-from serve.observation import Observer
+from serve.observability.observation import Observer
+from serve.observability.trace_config import parse_trace_config
+from serve.observability.trace_file import TraceFile
+from serve.observability.trace_settings import TraceScope, TraceSettings
+from serve.observability.tracing import Tracer, TraceRecord
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from serve.protocol.datatypes import DATATYPES
 from serve.request import Call, InferRequest, InferResponse, Tensor
 from serve.settings import SettingsError
-from serve.trace_config import parse_trace_config
-from serve.trace_file import TraceFile
-from serve.trace_settings import TraceScope, TraceSettings
-from serve.tracing import Tracer, TraceRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

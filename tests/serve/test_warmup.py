@@ -15,10 +15,10 @@ from PIL import Image
 
 from export.repository import golden as golden_bytes
 from serve.errors import ModelLoadError
-from serve.model_config import resolve
+from serve.loading.warmup import WarmUp, warm_up
+from serve.model.model_config import resolve
 from serve.pb import model_config_pb2 as pb
-from serve.session import Session, SessionSettings
-from serve.warmup import WarmUp, warm_up
+from serve.runtime.session import Session, SessionSettings
 from tests.graphs import FLOAT, ONNX_TYPES, addition, gather, identity, info, scaled, write_model
 
 if TYPE_CHECKING:

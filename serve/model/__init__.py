@@ -1,0 +1,1 @@
+"""One model version: its config, the check of a request, a run's tensors, its counts."""

@@ -1,0 +1,172 @@
+"""Reading config.pbtxt: Triton's ModelConfig in text protobuf.
+
+A field that this server doesn't support is an error that names it; none is ignored in silence.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf import text_format
+
+from serve.errors import ModelLoadError
+from serve.model.encoded_image import PARAMETER as ENCODED_IMAGE
+from serve.model.padding import PARAMETERS as LENGTH_PARAMETERS
+from serve.pb import model_config_pb2 as pb
+from serve.runtime.backend_config import PARAMETERS, takes_parameter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from google.protobuf.message import Message
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL_FILENAME = "model.onnx"
+PLATFORM = "onnxruntime_onnx"
+BACKEND = "onnxruntime"
+
+# What the server itself reads of a config's parameters; `serve.runtime.backend_config` has onnxruntime's.
+OWN_PARAMETERS = (ENCODED_IMAGE, *LENGTH_PARAMETERS)
+
+_NOT_ON_A_CPU = "onnxruntime's providers decide it"
+
+# Each field is either looked into ({...}), taken whole ({}), or taken without effect (the reason, which is
+# logged): hints about speed on another server. A field that is not here is refused.
+_TENSOR_FIELDS: dict[str, Any] = {"name": {}, "data_type": {}, "dims": {}, "reshape": {}}
+_SUPPORTED: dict[str, Any] = {
+    "name": {},
+    "platform": {},
+    "backend": {},
+    "runtime": "onnxruntime is built in",
+    "max_batch_size": {},
+    "input": {**_TENSOR_FIELDS, "format": {}},
+    "output": {**_TENSOR_FIELDS, "label_filename": {}},
+    "version_policy": {"latest": {"num_versions": {}}, "all": {}, "specific": {"versions": {}}},
+    "instance_group": {
+        "name": {},
+        "count": {},
+        "kind": {},
+        "gpus": {},
+        "host_policy": "use the operating system's affinity",
+        "rate_limiter": "instances run when they are free",
+    },
+    "default_model_filename": {},
+    "metric_tags": {},
+    "parameters": {},
+    "dynamic_batching": {},
+    "sequence_batching": {},
+    "model_warmup": {},
+    "optimization": {
+        "graph": {"level": {}},
+        "execution_accelerators": {},
+        "priority": "models have no priority over each other",
+        "cuda": _NOT_ON_A_CPU,
+        "input_pinned_memory": _NOT_ON_A_CPU,
+        "output_pinned_memory": _NOT_ON_A_CPU,
+        "gather_kernel_buffer_threshold": _NOT_ON_A_CPU,
+        "eager_batching": "batches are made as soon as an instance is free",
+    },
+    "model_transaction_policy": {},
+    "response_cache": {"enable": "responses are not cached"},
+    "model_metrics": "histograms have fixed buckets",
+}
+
+
+def read_config(folder: Path) -> pb.ModelConfig:
+    """The model folder's config.pbtxt, or an empty config where there is none.
+
+    Raises:
+        ModelLoadError: it is no valid text of a ModelConfig, has a field that is not supported here, or is
+            meant for another model or backend.
+    """
+    path = folder / "config.pbtxt"
+    message = pb.ModelConfig()
+    if path.is_file():
+        try:
+            text_format.Parse(path.read_text(encoding="utf-8"), message)
+        except (text_format.ParseError, UnicodeDecodeError) as error:
+            raise ModelLoadError(f"config.pbtxt: {error}") from error
+    check_config(message, folder.name)
+    return message
+
+
+def check_config(message: pb.ModelConfig, name: str) -> None:
+    """Check a config that was read from a file or came with a load request.
+
+    Args:
+        message: the config.
+        name: the model that it is for.
+
+    Raises:
+        ModelLoadError: see `read_config`.
+    """
+    for field, reason in _unsupported(message, _SUPPORTED):
+        logger.warning("config.pbtxt of '%s': field '%s' has no effect: %s", name, field, reason)
+    for field, expected in (("name", name), ("platform", PLATFORM), ("backend", BACKEND)):
+        value = getattr(message, field)
+        if value not in ("", expected):
+            raise ModelLoadError(f"config.pbtxt: {field} is {value!r}, expected {expected!r} or nothing")
+    for parameter in message.parameters:
+        if parameter not in OWN_PARAMETERS and not takes_parameter(parameter):
+            raise ModelLoadError(
+                f"config.pbtxt: parameter '{parameter}' is not supported, "
+                f"expected one of {', '.join((*OWN_PARAMETERS, *PARAMETERS))}"
+            )
+    if message.max_batch_size < 0:
+        raise ModelLoadError(f"config.pbtxt: max_batch_size is {message.max_batch_size}, expected 0 or more")
+    if message.model_transaction_policy.decoupled:
+        raise ModelLoadError(
+            "config.pbtxt: model_transaction_policy.decoupled is true, but a graph answers each request once"
+        )
+    _refuse_path("default_model_filename", message.default_model_filename)
+    for output in message.output:
+        _refuse_path(f"label_filename of output '{output.name}'", output.label_filename)
+
+
+def _refuse_path(field: str, filename: str) -> None:
+    if "/" in filename or "\\" in filename or filename in (".", ".."):
+        raise ModelLoadError(f"config.pbtxt: {field} is {filename!r}, expected a file name without a folder")
+
+
+def _unsupported(
+    message: Message, supported: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+    """Refuse what is not supported; the fields without effect, with the reason of each."""
+    for descriptor, value in message.ListFields():
+        field = prefix + descriptor.name
+        if descriptor.name not in supported:
+            raise ModelLoadError(
+                f"config.pbtxt: field '{field}' is not supported by this server: "
+                "remove it, or serve the model elsewhere"
+            )
+        inner = supported[descriptor.name]
+        if isinstance(inner, str):
+            yield field, inner
+        elif inner:
+            for part in value if descriptor.is_repeated else (value,):
+                yield from _unsupported(part, inner, f"{field}.")
+
+
+def select_versions(message: pb.ModelConfig, available: Iterable[int]) -> list[int]:
+    """The versions that the config's version_policy serves, ascending; without one the latest.
+
+    Raises:
+        ModelLoadError: there is no version at all, or not one that the policy names.
+    """
+    versions = sorted(available)
+    if not versions:
+        raise ModelLoadError(f"no version folder: expected 1/{DEFAULT_MODEL_FILENAME} in the model's folder")
+    policy = message.version_policy
+    choice = policy.WhichOneof("policy_choice")
+    if choice == "all":
+        return versions
+    if choice == "specific":
+        missing = [version for version in policy.specific.versions if version not in versions]
+        if missing:
+            raise ModelLoadError(f"version_policy.specific asks for {missing}, the folder has {versions}")
+        return sorted(set(policy.specific.versions))
+    # proto3 can't tell 0 from unset; Triton's default is one version.
+    return versions[-(policy.latest.num_versions or 1) :]

@@ -1,0 +1,1 @@
+"""Models and versions on disk and in memory: load, reload, unload, poll."""

@@ -1,0 +1,1 @@
+"""Metrics, traces, logs: what is told of requests, off their path."""

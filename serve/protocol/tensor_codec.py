@@ -1,0 +1,145 @@
+"""A tensor's bytes on the wire to numpy and back.
+
+Rules: Open Inference Protocol, "Tensor Data"; Triton's binary tensor data extension.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from serve.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from serve.protocol.datatypes import DataType
+
+Buffer = bytes | memoryview
+
+_LENGTH_PREFIX = struct.Struct("<I")
+_CONTENTS_DTYPES = {"int_contents": np.dtype("<i4"), "uint_contents": np.dtype("<u4")}
+
+
+def element_count(name: str, shape: tuple[int, ...]) -> int:
+    """Product of the dimensions.
+
+    Raises:
+        InvalidArgumentError: a dimension is negative.
+    """
+    if shape and min(shape) < 0:
+        raise InvalidArgumentError(f"input '{name}': shape {list(shape)} has a negative dimension")
+    return math.prod(shape)
+
+
+def decode_tensor(name: str, datatype: DataType, shape: tuple[int, ...], raw: Buffer) -> np.ndarray:
+    """Raw bytes as an array of `shape`: little-endian, row-major, a view except for BYTES.
+
+    Raises:
+        InvalidArgumentError: the byte count does not fit the shape, or BYTES elements are malformed.
+    """
+    count = check_byte_size(name, datatype, shape, len(raw))
+    if datatype.name == "BYTES":
+        return _reshape(name, _object_array(_split_bytes(name, raw, count)), shape)
+    return _reshape(name, np.frombuffer(raw, datatype.dtype), shape)
+
+
+def check_byte_size(name: str, datatype: DataType, shape: tuple[int, ...], byte_size: int) -> int:
+    """The element count of a tensor that has `byte_size` bytes.
+
+    Raises:
+        InvalidArgumentError: the shape is negative, or needs another number of bytes.
+    """
+    count = element_count(name, shape)
+    if datatype.itemsize and byte_size != count * datatype.itemsize:
+        raise InvalidArgumentError(
+            f"input '{name}': expected {count * datatype.itemsize} bytes for {datatype.name} {list(shape)}, "
+            f"got {byte_size}"
+        )
+    return count
+
+
+def _reshape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        return array.reshape(shape)
+    except ValueError as error:
+        raise InvalidArgumentError(f"input '{name}': shape {list(shape)} can't be served: {error}") from error
+
+
+def _object_array(elements: Sequence[bytes]) -> np.ndarray:
+    array = np.empty(len(elements), dtype=object)
+    array[:] = elements
+    return array
+
+
+def _split_bytes(name: str, raw: Buffer, count: int) -> list[bytes]:
+    """The elements of a BYTES tensor: each a 4-byte little-endian length and that many bytes."""
+    data = bytes(raw)
+    elements: list[bytes] = []
+    position = 0
+    while position < len(data):
+        start = position + _LENGTH_PREFIX.size
+        if start > len(data):
+            raise InvalidArgumentError(
+                f"input '{name}': element {len(elements)} has {len(data) - position} of its length's 4 bytes"
+            )
+        position = start + _LENGTH_PREFIX.unpack_from(data, position)[0]
+        if position > len(data):
+            raise InvalidArgumentError(
+                f"input '{name}': element {len(elements)} ends {position - len(data)} bytes past the data"
+            )
+        elements.append(data[start:position])
+        if len(elements) > count:
+            break
+    if len(elements) != count:
+        got = "more" if len(elements) > count else len(elements)
+        raise InvalidArgumentError(
+            f"input '{name}': expected {count} BYTES elements for its shape, got {got}"
+        )
+    return elements
+
+
+def decode_contents(name: str, datatype: DataType, shape: tuple[int, ...], contents: Any) -> np.ndarray:
+    """InferTensorContents as an array of `shape`.
+
+    INT8, INT16, UINT8 and UINT16 take the low bytes of each 32-bit element, as in Triton.
+
+    Raises:
+        InvalidArgumentError: another field than the datatype's is filled, or the element count does not fit.
+    """
+    if datatype.contents is None:
+        raise InvalidArgumentError(f"input '{name}': {datatype.name} has no typed contents, send raw bytes")
+    filled = [descriptor.name for descriptor, _ in contents.ListFields()]
+    if any(field != datatype.contents for field in filled):
+        raise InvalidArgumentError(
+            f"input '{name}': {datatype.name} belongs in {datatype.contents}, got {', '.join(filled)}"
+        )
+    values = getattr(contents, datatype.contents)
+    count = element_count(name, shape)
+    if len(values) != count:
+        raise InvalidArgumentError(
+            f"input '{name}': expected {count} elements for shape {list(shape)}, got {len(values)}"
+        )
+    if datatype.name == "BYTES":
+        return _reshape(name, _object_array(values), shape)
+    wide = np.array(values, dtype=_CONTENTS_DTYPES.get(datatype.contents, datatype.dtype))
+    return _reshape(name, wide.astype(datatype.dtype, copy=False), shape)
+
+
+def encode_tensor(datatype: DataType, array: np.ndarray) -> Buffer:
+    """An array as raw bytes: a view where its memory already is what the wire wants."""
+    flat = array.reshape(-1)
+    if datatype.name == "BYTES":
+        return _join_bytes(flat)
+    return np.ascontiguousarray(flat, dtype=datatype.dtype).view(np.uint8).data
+
+
+def _join_bytes(elements: np.ndarray) -> bytes:
+    parts: list[bytes] = []
+    for element in elements:
+        data = element.encode() if isinstance(element, str) else element
+        parts += (_LENGTH_PREFIX.pack(len(data)), data)
+    return b"".join(parts)

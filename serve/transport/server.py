@@ -1,0 +1,231 @@
+"""The gRPC transport: start, serve, drain, stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+
+from serve.core import InferenceCore
+from serve.errors import ModelLoadError
+from serve.flags import parse_server_settings
+from serve.model_repository.repository import MOST_CHANGES, Repository
+from serve.observability.log_settings import configure_logging
+from serve.observability.metrics import start_metrics_server
+from serve.process import take_short_turns
+from serve.rpc.servicer import SERVICE
+from serve.settings import SettingsError
+from serve.transport.channel_options import channel_options
+from serve.transport.connections import hang_up
+from serve.transport.handlers import method_handlers
+from serve.transport.health import publish
+from serve.transport.reflection import MOST_REFLECTIONS, add_reflection
+from serve.transport.security import Security
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from serve.observability.log_settings import LogSettings
+    from serve.observability.metrics import MetricsServer
+    from serve.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+# Beside the threads that hold requests in flight: some to refuse the next ones, and for health and metadata.
+_SPARE_THREADS = 4
+_LEAST_REQUEST_LIMIT = 64 << 20
+_MESSAGE_SLACK = 1 << 20
+_USAGE_ERROR = 2
+# For the last status of a stream to get onto the wire.
+_LAST_STATUS_SECONDS = 1.0
+
+
+class Server:
+    """The whole server: repository, gRPC endpoint, metrics endpoint.
+
+    `start` returns when both endpoints answer; `stop` drains.
+    """
+
+    def __init__(self, settings: ServerSettings, log: LogSettings | None = None) -> None:
+        """Prepare to serve.
+
+        Raises:
+            SettingsError: certificates, tokens, traces or logs can't be as the settings say.
+        """
+        self._settings = settings
+        self._security = Security(settings)
+        self._repository = Repository(settings)
+        self._core = InferenceCore(settings, self._repository, log)
+        self._health = health.HealthServicer()
+        self._metrics: MetricsServer | None = None
+        self._grpc: grpc.Server
+        self.grpc_port = 0
+        self.metrics_port = 0
+
+    def start(self) -> None:
+        """Load the models and answer.
+
+        Raises:
+            ModelLoadError: the repository can't be read, or a model can't be loaded and exit_on_error is set.
+            OSError, RuntimeError: an endpoint's address can't be bound.
+        """
+        settings = self._settings
+        if not settings.reuse_grpc_port:
+            _require_free("--grpc-port", settings.grpc_address, settings.grpc_port)
+        if settings.allow_metrics:
+            _require_free("--metrics-port", settings.metrics_address, settings.metrics_port)
+        self._repository.load()
+        if settings.exit_on_error and not self._repository.all_ready():
+            raise ModelLoadError(
+                "a model could not be loaded, see above; --exit-on-error=false serves the rest"
+            )
+        self._grpc = self._build()
+        self.grpc_port = self._security.add_port(self._grpc)
+        if settings.allow_metrics:
+            self._metrics = start_metrics_server(self._core, settings.metrics_address, settings.metrics_port)
+            self.metrics_port = self._metrics.port
+        self._repository.on_change = lambda: publish(self._core, self._health)
+        publish(self._core, self._health)
+        self._grpc.start()
+
+    def stop(self) -> bool:
+        """Drain and stop; returns whether every request in flight could finish.
+
+        The order matters: balancers look at health and stop sending; then new requests are refused with
+        UNAVAILABLE, which clients retry elsewhere; then what is in flight finishes; then the port closes.
+        """
+        self._health.enter_graceful_shutdown()
+        self._core.streams.drain()
+        drained = self._core.admission.close(self._settings.exit_timeout_secs)
+        self._core.streams.wait(_LAST_STATUS_SECONDS)
+        # New calls are refused by now; gRPC's stop alone would reset those that race with it, which their
+        # clients see as CANCELLED. Watch and reflection streams never end by themselves and get no grace.
+        hang_up(self.grpc_port, _LAST_STATUS_SECONDS)
+        self._grpc.stop(grace=None).wait()
+        if drained:
+            self._core.close()
+        self._core.observer.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        return drained
+
+    def report(self) -> str:
+        """A table of the models and their states, as Triton prints one."""
+        rows = [("Model", "Version", "Status")]
+        for state in self._repository.index():
+            status = f"{state.state}: {state.reason}" if state.reason else state.state
+            rows.append((state.name, state.version, status))
+        widths = [max(len(row[column]) for row in rows) for column in range(2)] + [0]
+        lines = ("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    def reopen_logs(self) -> None:
+        """Open the access log's file anew, after it was rotated."""
+        if self._core.access_log is not None:
+            self._core.access_log.reopen()
+
+    def _build(self) -> grpc.Server:
+        settings = self._settings
+        # Each of these may hold one for long.
+        held = settings.max_inflight_requests + settings.max_streams + MOST_CHANGES + MOST_REFLECTIONS
+        server = grpc.server(
+            ThreadPoolExecutor(held + _SPARE_THREADS, thread_name_prefix="grpc"),
+            interceptors=self._security.interceptors,
+            options=channel_options(settings, _largest_request(self._repository)),
+        )
+        handlers = method_handlers(self._core)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        server.add_registered_method_handlers(SERVICE, handlers)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        add_reflection(server, (SERVICE, health.SERVICE_NAME))
+        return server
+
+
+def _require_free(flag: str, address: str, port: int) -> None:
+    """Find a taken port before the models load, and say which; gRPC's own message names none.
+
+    Raises:
+        OSError: the address can't be bound.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        socket.create_server((address, port), family=family).close()
+    except OSError as error:
+        where = _host_port(address, port)
+        raise OSError(f"{where} ({flag}) can't be had: {error.strerror or error}") from error
+
+
+def _host_port(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _largest_request(repository: Repository) -> int:
+    """Bytes of the largest request that the models' declared shapes allow, and slack for the rest of it."""
+    largest = max((version.config.request_bytes for version in repository), default=0)
+    return max(largest + _MESSAGE_SLACK, _LEAST_REQUEST_LIMIT)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`onnxedge serve`: serve until SIGTERM or SIGINT; 0 when every request in flight was answered."""
+    try:
+        settings, warnings = parse_server_settings(arguments)
+        log = configure_logging(settings)
+        server = Server(settings, log)
+    except SettingsError as error:
+        print(f"onnxedge serve: {error}", file=sys.stderr)
+        return _USAGE_ERROR
+    for warning in warnings:
+        logger.warning("%s", warning)
+    take_short_turns()
+    wait_for_stop = _on_signals()
+    signal.signal(signal.SIGHUP, lambda *_: server.reopen_logs())
+    try:
+        server.start()
+    except (ModelLoadError, OSError, RuntimeError) as error:
+        logger.error("cannot start: %s", error)  # noqa: TRY400 - the message says it all
+        return 1
+    _announce(server, settings)
+    wait_for_stop()
+    logger.info("stopping: requests in flight get up to %d s", settings.exit_timeout_secs)
+    return 0 if server.stop() else 1
+
+
+def _on_signals() -> Callable[[], None]:
+    """Take SIGTERM and SIGINT; what is returned waits for the first. The second ends the process at once.
+
+    As process 1 of a container, Python would ignore both. The kernel may hand a signal to any thread, and
+    Python's handler runs in the main one, which a lock would keep asleep: while metrics were scraped, one
+    SIGTERM in four was lost. The wakeup descriptor gets a byte whichever thread it was.
+    """
+    stopping = threading.Event()
+    woken, signalled = socket.socketpair()
+    signalled.setblocking(False)  # noqa: FBT003 - its only parameter
+    signal.set_wakeup_fd(signalled.fileno(), warn_on_full_buffer=False)
+
+    def stop(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        stopping.set()
+
+    def wait() -> None:
+        with woken, signalled:
+            while not stopping.is_set():
+                woken.recv(64)
+            signal.set_wakeup_fd(-1)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    return wait
+
+
+def _announce(server: Server, settings: ServerSettings) -> None:
+    print(server.report(), file=sys.stderr, flush=True)
+    if settings.allow_metrics:
+        logger.info("metrics at http://%s/metrics", _host_port(settings.metrics_address, server.metrics_port))
+    logger.info("SERVING: gRPC at %s", _host_port(settings.grpc_address, server.grpc_port))
