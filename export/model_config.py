@@ -147,7 +147,7 @@ def _set_label_file(config: model_config_pb2.ModelConfig, classes: int) -> None:
 
 
 def _set_encoded_image(config: model_config_pb2.ModelConfig, name: str) -> None:
-    """Declare the input as the content of an image file; see `serve.encoded_image`."""
+    """Declare the input as the content of an image file; see `serve.model.encoded_image`."""
     (image,) = (tensor for tensor in config.input if tensor.name == name)
     batch = [] if config.max_batch_size else image.dims[:1]
     image.data_type = model_config_pb2.TYPE_STRING
