@@ -109,8 +109,10 @@ def test_every_block_does_what_the_readme_says(served: Copy) -> None:
         output = served.run(language, text)
         if "onnxedge infer" in text:
             assert output.splitlines()[0].split(maxsplit=1)[1] == "Ankle boot"
-        if "my-models" in text:
+        if "loadtest" in text:
             assert "throughput" in output
+        if "lstm_sequence" in text:
+            assert output.splitlines()[-1] == "(1, 96, 7)"
         if "curl" in text:
             assert 'nv_inference_request_success{model="mobilenet",version="1"}' in output
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from serve.errors import InvalidArgumentError
+from serve.errors import InvalidArgumentError, UnsupportedError
 from serve.request import SharedArea
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ _PARAMETER_TYPES = {
 _ANY_OTHER = ("bool_param", "int64_param", "string_param", "double_param")
 _REGION, _OFFSET, _BYTE_SIZE = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"
 _INT64_MAX = 2**63 - 1
+_LONGEST_SEQUENCE_ID = 128  # bytes, as in Triton
 
 
 def decode_parameters(parameters: Any) -> dict[str, Parameter]:
@@ -34,6 +35,7 @@ def decode_parameters(parameters: Any) -> dict[str, Parameter]:
     Raises:
         InvalidArgumentError: a parameter has another type than its extension says, no value, or a reserved
             name.
+        UnsupportedError: a sequence id is too long.
     """
     decoded: dict[str, Parameter] = {}
     for name, parameter in parameters.items():
@@ -48,6 +50,11 @@ def decode_parameters(parameters: Any) -> dict[str, Parameter]:
                 f"parameter '{name}': expected {' or '.join(allowed)}, got {choice or 'none'}"
             )
         decoded[name] = getattr(parameter, choice)
+    sequence_id = decoded.get("sequence_id", 0)
+    if isinstance(sequence_id, str) and len(sequence_id.encode()) > _LONGEST_SEQUENCE_ID:
+        raise UnsupportedError(
+            f"parameter 'sequence_id': {len(sequence_id.encode())} bytes, at most {_LONGEST_SEQUENCE_ID} are taken"
+        )
     priority = decoded.get("priority", 0)
     if isinstance(priority, int) and priority < 0:
         raise InvalidArgumentError(f"parameter 'priority': expected 0 or more, got {priority}")

@@ -60,7 +60,7 @@ def model_metadata(core: InferenceCore, request: pb.ModelMetadataRequest) -> pb.
     version = core.repository.get(request.name, request.version)
     return pb.ModelMetadataResponse(
         name=version.name,
-        versions=[str(found.version) for found in core.repository.find(version.name)],
+        versions=[str(found.version) for found in core.repository.find(version.name, request.version)],
         platform=PLATFORM,
         inputs=_tensor_metadata(version.config.inputs.values()),
         outputs=_tensor_metadata(version.config.outputs.values()),
@@ -82,7 +82,7 @@ def model_config(core: InferenceCore, request: pb.ModelConfigRequest) -> pb.Mode
 
 def model_statistics(core: InferenceCore, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
     """Counts and durations of one version, of all of a model, or of all there are."""
-    found = core.repository.find(request.name, request.version)
+    found = core.repository.find(request.name, request.version if request.name else "")
     if request.name and not found:
         raise InvalidArgumentError(f"requested model '{request.name}' is not available")
     return pb.ModelStatisticsResponse(

@@ -17,28 +17,37 @@ _SECONDS_BETWEEN_LOOKS = 0.002
 
 
 def hang_up(port: int, timeout: float) -> None:
-    """Close the connections to a port of this process, once what was written to them has arrived.
+    """Close a port of this process, and its connections once what was written to them has arrived.
 
-    gRPC's own stop resets the calls that race with it, and their clients see CANCELLED for a request that
-    nobody began. That a connection was closed is UNAVAILABLE to them, which they try again elsewhere. Where
-    the system has no /proc, nothing is closed.
+    To be called before gRPC's own stop, which answers CANCELLED to calls that race with it, though nobody
+    began them, and leaves some clients waiting for ever: 9 and 8 calls in 60 stops under 12 clients that
+    come back 20 ms after each refusal. That a connection was closed is UNAVAILABLE to all of them, and they
+    try again elsewhere. gRPC logs that it can't accept any more. Where the system has no /proc, nothing is
+    closed.
 
     Args:
         port: the local end's.
         timeout: seconds that what was written may take to arrive.
     """
-    connections = _connections(port)
+    for listener in _sockets(port, listening=True):  # so that nobody comes back in the meantime
+        _close(listener)
+    connections = _sockets(port, listening=False)
     end = time.monotonic() + timeout
     waiting = connections
     while (waiting := [each for each in waiting if _unconfirmed_bytes(each)]) and time.monotonic() < end:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     for connection in connections:
-        with contextlib.suppress(OSError), connection:  # the client may have closed it
-            connection.shutdown(socket.SHUT_RDWR)
+        _close(connection)
 
 
-def _connections(port: int) -> list[socket.socket]:
-    """Sockets of our own on each connection of gRPC's, which gives none out."""
+def _close(opened: socket.socket) -> None:
+    """End it for everyone who has it open, gRPC among them."""
+    with contextlib.suppress(OSError), opened:  # the client may have closed it
+        opened.shutdown(socket.SHUT_RDWR)
+
+
+def _sockets(port: int, *, listening: bool) -> list[socket.socket]:
+    """Sockets of our own on each listener or connection of gRPC's, which gives none out."""
     if not _OPEN_FILES.is_dir():
         return []
     found = []
@@ -47,19 +56,18 @@ def _connections(port: int) -> list[socket.socket]:
             number = int(entry.name)
             if not stat.S_ISSOCK(os.fstat(number).st_mode):
                 continue
-            connection = socket.socket(fileno=os.dup(number))
-            if _is_connection_to(connection, port):
-                found.append(connection)
+            opened = socket.socket(fileno=os.dup(number))
+            if _is_at(opened, port, listening=listening):
+                found.append(opened)
             else:
-                connection.close()
+                opened.close()
     return found
 
 
-def _is_connection_to(connection: socket.socket, port: int) -> bool:
-    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+def _is_at(opened: socket.socket, port: int, *, listening: bool) -> bool:
+    if opened.family not in (socket.AF_INET, socket.AF_INET6) or opened.getsockname()[1] != port:
         return False
-    listens = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    return not listens and connection.getsockname()[1] == port
+    return bool(opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) is listening
 
 
 def _unconfirmed_bytes(connection: socket.socket) -> int:

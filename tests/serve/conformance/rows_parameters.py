@@ -137,9 +137,9 @@ def _(servers: Servers) -> Any:
 @row("5", "sync", "priority: what waits with level 1 overtakes what waits with level 2", fact=True)
 def _(servers: Servers) -> Any:
     calls = Calls(servers.client)
-    calls.send("queue_priority", count(40_000), name="blocks")
+    calls.send("queue_priority", count(20_000), name="blocks")
     eventually(lambda: _blocked(servers, calls, "queue_priority"))
-    calls.send("queue_priority", count(1), name="urgent", priority=1)
+    calls.send("queue_priority", count(2000), name="urgent", priority=1)
     order = [name for name, _ in calls.rest()]
     return order[order.index("urgent") :].count("patient") >= PATIENT
 
@@ -151,7 +151,8 @@ def _blocked(servers: Servers, calls: Calls, model: str) -> bool:
     """Send until two requests wait beside the one that may not have begun yet."""
     if servers.pending(model) > PATIENT:
         return True
-    calls.send(model, count(1), name="patient")
+    # Long enough for answers to be seen in the order in which they were sent.
+    calls.send(model, count(2000), name="patient")
     return False
 
 

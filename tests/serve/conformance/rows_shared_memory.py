@@ -11,7 +11,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import shared_memory
 
-from tests.serve.conformance.servers import EIGHT, given, message, wanted
+from tests.serve.conformance.servers import EIGHT, eventually, given, message, status, wanted
 from tests.serve.conformance.table import Table
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def region(servers: Servers, key: str, *, register: bool = True) -> Iterator[Any
             servers.client.register_system_shared_memory("region", handle._shm_key, SIZE)
         yield handle
     finally:
-        servers.client.unregister_system_shared_memory()
+        # A Triton refuses it until the last answer that used the region is off its hands.
+        eventually(lambda: status(servers.client.unregister_system_shared_memory) == "OK")
         shared_memory.destroy_shared_memory_region(handle)
 
 
