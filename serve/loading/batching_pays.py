@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     same machine adds nothing to where that can be told."""
 
 BUDGET_SECONDS = 0.1
-# A batch is worth waiting for if a row of it costs this much less than one of the best smaller batch.
+# A batch is worth waiting for if a row of it costs this much less than one of the largest that was.
 GAIN = 0.10
 # On the evidence of a single run each, on a machine that does other things too, it has to be plain.
 PLAIN_GAIN = 0.25
@@ -57,21 +57,19 @@ def measure(time_run: TimeRun, largest: int, budget: float = BUDGET_SECONDS) -> 
     trials = _Trials(time_run, budget)
     first = trials.run(1)  # the first run makes room for its tensors
     figures = {1: min(first, trials.run(1)) if first < budget / 5 else first}
-    useful = best = 1
+    useful = 1
     misses = 0
     sizes = list(_sizes(largest))
     for index, rows in enumerate(sizes):
         share = trials.left / (2 * (len(sizes) - index))
-        if not trials.affords(rows, figures[best]):
+        if not trials.affords(rows, figures[useful]):
             break
-        before, now, rounds = trials.compare(best, rows, share)
+        before, now, rounds = trials.compare(useful, rows, share)
         if _pays(before, now, rounds) and trials.left > 0:
-            before, now, rounds = trials.compare(best, rows, share)
-        figures[best], figures[rows] = before, now
-        pays = _pays(before, now, rounds)
-        useful, misses = (rows, 0) if pays else (useful, misses + 1)
+            before, now, rounds = trials.compare(useful, rows, share)
+        figures[useful], figures[rows] = before, now
+        useful, misses = (rows, 0) if _pays(before, now, rounds) else (useful, misses + 1)
         is_flat = now > (1 - _FLAT) * before and before > _SLOW_SECONDS
-        best = rows if now < before else best
         if is_flat or misses > 1:
             break
     return Measured(useful, figures)

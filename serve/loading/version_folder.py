@@ -18,6 +18,7 @@ from serve.process import resident_bytes, return_freed_memory
 from serve.runtime.backend_config import parse_backend_config, session_settings
 from serve.runtime.cores import usable_cores
 from serve.runtime.session import Session
+from serve.scheduling.choice import choose_instances
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,16 +103,17 @@ class Loader:
                 labels,
                 max_image_pixels=settings.max_image_pixels,
             )
-            if not config.message.instance_group:
-                config.message.instance_group.add(name=name, kind="KIND_AUTO")
-            config.message.instance_group[0].count = wanted.instances
             golden.check(session, config, path.parent, path.name)
             warmed = warm_up(session, config, source.folder, path.parent)
+            instances = choose_instances(source.config, wanted.instances, warmed)
+            if not config.message.instance_group:
+                config.message.instance_group.add(name=name, kind="KIND_AUTO")
+            config.message.instance_group[0].count = instances
             version = ModelVersion(
                 number,
                 config,
                 session,
-                instances=wanted.instances,
+                instances=instances,
                 warm_up=warmed,
                 settings=settings,
                 folder=source.folder,

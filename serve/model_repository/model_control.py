@@ -17,12 +17,14 @@ from serve.model_repository.model_folder import is_file_name, model_folders, sta
 from serve.model_repository.retirement import Retirement
 from serve.model_repository.turns import Turns
 from serve.process import return_freed_memory
+from serve.runtime.accelerators import file_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
     from serve.model.version import ModelVersion
     from serve.model_repository.overrides import Override
+    from serve.pb import model_config_pb2 as pb
     from serve.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -118,7 +120,7 @@ class ModelControl:
     def _source(self, name: str, override: Override | None) -> Iterator[Source]:
         """Where to load from. Files of a request exist only as long as they are read."""
         if override is not None and override.files:
-            check_config(override.config, name)
+            _check_foreign(override.config, name)
             with tempfile.TemporaryDirectory(prefix="onnxedge-", ignore_cleanup_errors=True) as temporary:
                 root = Path(temporary).resolve()
                 folder = root / name
@@ -136,7 +138,7 @@ class ModelControl:
             config = read_config(folder)
         else:
             config = override.config
-            check_config(config, name)
+            _check_foreign(config, name)
         yield Source(folder, folder.parent, config)
 
     def _load(self, source: Source) -> None:
@@ -225,6 +227,16 @@ class ModelControl:
             model = self.models.get(name)
             if model and not (model.versions or model.changing or model_folders(self._roots, name)):
                 self.models = {other: model for other, model in self.models.items() if other != name}
+
+
+def _check_foreign(config: pb.ModelConfig, name: str) -> None:
+    """Check a config that came with a request: `check_config`, and no files or libraries of this machine."""
+    check_config(config, name)
+    named = file_parameters(config)
+    if named:
+        raise ModelLoadError(
+            f"parameters {', '.join(named)} of an execution accelerator name files: only a config.pbtxt may"
+        )
 
 
 def _contents(source: Source) -> dict[int, Hashable]:

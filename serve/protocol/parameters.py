@@ -51,9 +51,9 @@ def decode_parameters(parameters: Any) -> dict[str, Parameter]:
             )
         decoded[name] = getattr(parameter, choice)
     sequence_id = decoded.get("sequence_id", 0)
-    if isinstance(sequence_id, str) and len(sequence_id.encode()) > _LONGEST_SEQUENCE_ID:
+    if isinstance(sequence_id, str) and (size := len(sequence_id.encode())) > _LONGEST_SEQUENCE_ID:
         raise UnsupportedError(
-            f"parameter 'sequence_id': {len(sequence_id.encode())} bytes, at most {_LONGEST_SEQUENCE_ID} are taken"
+            f"parameter 'sequence_id' has {size} bytes, expected {_LONGEST_SEQUENCE_ID} at most"
         )
     priority = decoded.get("priority", 0)
     if isinstance(priority, int) and priority < 0:

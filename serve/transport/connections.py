@@ -67,7 +67,13 @@ def _sockets(port: int, *, listening: bool) -> list[socket.socket]:
 def _is_at(opened: socket.socket, port: int, *, listening: bool) -> bool:
     if opened.family not in (socket.AF_INET, socket.AF_INET6) or opened.getsockname()[1] != port:
         return False
-    return bool(opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) is listening
+    if listening:
+        return bool(opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    try:
+        opened.getpeername()
+    except OSError:  # not connected, such as a listener that was closed
+        return False
+    return True
 
 
 def _unconfirmed_bytes(connection: socket.socket) -> int:

@@ -189,7 +189,9 @@ def test_a_connection_is_closed_when_its_last_bytes_have_arrived(
     received: list[bytes] = []
     reader = threading.Thread(target=lambda: received.extend(iter(lambda: client.recv(1 << 16), b"")))
     reader.start()
+    started = time.monotonic()
     hang_up(port, 30)
+    assert time.monotonic() - started < 20
     reader.join(30)
     assert b"".join(received) == content[:sent]
 

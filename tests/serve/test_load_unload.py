@@ -349,3 +349,13 @@ def test_poll_mode_waits_for_a_version_to_be_written_out(serve: Start, tmp_path:
         (root / "m" / "2" / "model.onnx").write_bytes(graph)
         until(lambda: infer(stub, "m") == 2)
         assert index(stub, ready=True) == {("m", "2"): ("READY", "")}
+
+
+def test_a_config_from_a_client_names_no_files_of_the_server(stub: Any) -> None:
+    accelerator = {"name": "tensorrt", "parameters": {"trt_engine_cache_path": "/somewhere"}}
+    config = {"optimization": {"execution_accelerators": {"gpu_execution_accelerator": [accelerator]}}}
+    message = pb.RepositoryModelLoadRequest(model_name="a")
+    message.parameters["config"].string_param = json.dumps(config)
+    code, details = refused(stub.RepositoryModelLoad, message)
+    assert code == "INVALID_ARGUMENT"
+    assert "trt_engine_cache_path of an execution accelerator name files" in details
