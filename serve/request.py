@@ -6,9 +6,13 @@ makes five of these.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from concurrent.futures import InvalidStateError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from serve.errors import CanceledError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -122,8 +126,15 @@ class Call:
     def cancel(self) -> None:
         """Give the request up."""
         self.cancelled = True
-        if self.future is not None and self.future.cancel() and self.leave_queue is not None:
-            self.leave_queue()
+        future = self.future
+        if future is not None:
+            if future.cancel():
+                leave_queue = self.leave_queue  # may become None at any time
+                if leave_queue is not None:
+                    leave_queue()
+            elif not future.done():
+                with contextlib.suppress(InvalidStateError):
+                    future.set_exception(CanceledError("the request was cancelled while it ran"))
         run_options = self.run_options
         if run_options is not None:
             run_options.terminate = True

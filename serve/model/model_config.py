@@ -164,6 +164,8 @@ def resolve(
     padding = Padding.from_config(message)
     if padding is not None:
         padding.check_names(_shapes(input_specs), _shapes(output_specs))
+        if any(s.reshape is not None for s in (*input_specs.values(), *output_specs.values())):
+            raise ModelLoadError("config.pbtxt: parameter 'length_axis' can't go with reshape: remove one")
     completed = _complete(message, name, input_specs, output_specs)
     return ModelConfig(name, message.max_batch_size, input_specs, output_specs, completed, encoded, padding)
 

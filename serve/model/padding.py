@@ -118,7 +118,7 @@ class Padding:
             return array
         width = [(0, 0)] * array.ndim
         width[axis] = (0, length - array.shape[axis])
-        return np.pad(array, width)
+        return np.pad(array, width, constant_values="" if array.dtype == object else 0)
 
     def cut(self, name: str, array: np.ndarray, length: int) -> np.ndarray:
         """An output's rows without what answers their padding."""

@@ -59,14 +59,14 @@ class Runner:
         arrays = self._session.run(feed, [*names, *extra], batch[0].call if len(batch) == 1 else None)
         ran = time.monotonic_ns()
         by_name = dict(zip((*names, *extra), arrays, strict=True))
-        if self._states is not None:
-            self._states.store(batch, by_name)
         if len(batch) == 1:
             outputs = [self._outputs(wanted[0], by_name)]
         else:
             outputs = [
                 self._outputs(w, part) for w, part in zip(wanted, self._split(batch, by_name), strict=True)
             ]
+        if self._states is not None:  # last: what fails above leaves the states as they were
+            self._states.store(batch, by_name)
         done = time.monotonic_ns()
         for queued in batch:
             call = queued.call

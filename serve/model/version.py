@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future, InvalidStateError
+from functools import partial
 from typing import TYPE_CHECKING
 
 from serve.errors import (
@@ -157,9 +158,12 @@ class ModelVersion:
             raise
         call.rows = queued.rows
         call.future = future
+        if call.cancelled:  # before it had this future
+            future.cancel()
         if self.config.encoded_image is not None:
             self._executor.reserve()
             self._expect(queued)
+            call.leave_queue = partial(_forget_inputs, queued)
             decode_pool().submit(self._decode_and_enqueue, queued)
         else:
             self._expect(queued)
@@ -190,11 +194,12 @@ class ModelVersion:
         """Decode the image files of a request, on a thread that is not the transport's, and go on."""
         encoded = self.config.encoded_image
         assert encoded is not None
+        inputs = queued.request.inputs
         try:
             if queued.future.cancelled():
                 self._settle(queued, CanceledError("the request was cancelled"), "CANCELED")
                 return
-            queued.request.inputs = encoded.decode_tensors(queued.request.inputs)
+            queued.request.inputs = encoded.decode_tensors(inputs)
             queued.shape = rows_and_shape(self.config, queued.request.inputs)[1] if self._may_batch else ()
             self._enqueue(queued, inline=False)
         except InvalidArgumentError as error:
@@ -254,8 +259,13 @@ class ModelVersion:
         self, queued: QueuedRequest, answer: InferResponse | ServeError, failure: str | None = None
     ) -> None:
         """Give a request its answer, in order of arrival where the config asks for it."""
+        queued.call.leave_queue = None  # it refers to the request: a cycle would keep both until the next gc
         if failure is not None:
             self.statistics.record_failure(failure, queued.call.received_ns)
+        if queued.future.done():  # given up: nobody reads the answer, which may wait long for its turn
+            queued.request.inputs = ()
+            if not isinstance(answer, ServeError):
+                answer = CanceledError("the request was cancelled while it ran")
         if self._in_order is None:
             _set(queued.future, answer)
             return
@@ -272,9 +282,16 @@ class ModelVersion:
                 self._releasing = False
 
 
+def _forget_inputs(queued: QueuedRequest) -> None:
+    """Let go of the files of a request that was cancelled while it waits to be decoded."""
+    queued.request.inputs = ()
+
+
 def _set(future: Future[InferResponse], answer: InferResponse | ServeError) -> None:
     with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
         if isinstance(answer, ServeError):
+            # The frames of the traceback hold the request, which holds the future, which holds this.
+            answer.__traceback__ = answer.__cause__ = answer.__context__ = None
             future.set_exception(answer)
         else:
             future.set_result(answer)

@@ -184,7 +184,7 @@ class InferStream:
             pending.outcome = core.infer(request, pending.call)
         except ServeError as error:
             pending.id = pending.id or codec.request_id(data)
-            pending.outcome = error
+            pending.outcome = error.with_traceback(None)  # its frames hold the request
         except Exception as error:
             logger.exception("%s failed", STREAM_RPC)
             pending.outcome = InternalError(f"{STREAM_RPC}: {error!r}")

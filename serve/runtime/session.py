@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from serve.runtime.providers import Accelerator
 
 _BFLOAT16 = "tensor(bfloat16)"
+_STRING = "tensor(string)"
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 
 SHRINKAGE = "memory.enable_memory_arena_shrinkage"
@@ -121,6 +122,11 @@ class Session:
         self.outputs = tuple(_graph_tensor(node) for node in self._session.get_outputs())
         self._bfloat16_inputs = {t.name for t in self.inputs if t.onnx_type == _BFLOAT16}
         self._has_bfloat16 = any(t.onnx_type == _BFLOAT16 for t in (*self.inputs, *self.outputs))
+        if self._has_bfloat16 and any(t.onnx_type == _STRING for t in self.inputs):
+            raise ModelLoadError(
+                "the graph has BF16 tensors and an input of strings, which onnxruntime's Python API can't "
+                "take together: make one of them another type"
+            )
 
     @property
     def providers(self) -> tuple[str, ...]:

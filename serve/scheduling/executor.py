@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
     from serve.errors import ServeError
     from serve.scheduling.scheduler import Decision, QueuedRequest, Scheduler
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_AFTER_A_FAULT = 0.1
 
 
 class Executor:
@@ -139,14 +144,25 @@ class Executor:
                     self._wake.notify()
 
     def _work(self) -> None:
-        while True:
-            decision = self._next()
-            if decision is None:
-                return
-            for queued, reason in decision.dropped:
-                self._drop(queued, reason)
-            if decision.batch:
-                self._run_and_release(decision.batch)
+        goes_on = True
+        while goes_on:
+            try:
+                goes_on = self._take_turn()
+            except Exception:
+                # A fault of the scheduler's; without this thread every later request would hang.
+                logger.exception("scheduling failed in an unforeseen way")
+                time.sleep(_SECONDS_AFTER_A_FAULT)
+
+    def _take_turn(self) -> bool:
+        """Do what is next; False: closed, and nothing waits. Keeps no reference to what it did."""
+        decision = self._next()
+        if decision is None:
+            return False
+        for queued, reason in decision.dropped:
+            self._drop(queued, reason)
+        if decision.batch:
+            self._run_and_release(decision.batch)
+        return True
 
     def _next(self) -> Decision | None:
         """Wait until there is something to run or to drop; None: closed, and nothing waits."""

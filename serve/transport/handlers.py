@@ -54,6 +54,8 @@ def _unary(core: InferenceCore, name: str, method: Method) -> Callable[[bytes, g
             error = _serve_error(name, caught)
             if observed is not None:
                 observed.failed(error.code, str(error))
+            # Its frames hold the request, and the request's future holds it: a cycle, of megabytes.
+            caught.__traceback__ = error.__traceback__ = None
             _abort(context, name, error)
         return body
 
@@ -90,8 +92,10 @@ def _admit(core: InferenceCore, context: grpc.ServicerContext, call: Call, size:
     core.admission.enter(size)
 
     def end() -> None:
-        call.cancel()
-        core.admission.leave(size)
+        try:
+            call.cancel()
+        finally:
+            core.admission.leave(size)
 
     if not context.add_callback(end):
         end()
