@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from serve import __version__
-from serve.process import keep_large_blocks
+from serve.process import keep_large_blocks, quiet_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ usage: onnxedge COMMAND [flags]
 tritonserver.
 """
 _COMMANDS = {
-    "serve": "serve.transport.server",
+    "serve": "serve.transport.run",
     "infer": "serve.client",
     "providers": "serve.runtime.providers",
 }
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported here and not above: the allocator must be set before grpc is loaded, and a client needs no
     # onnxruntime.
     keep_large_blocks()
+    quiet_grpc()
     status: int = importlib.import_module(_COMMANDS[words[0]]).main(words[1:])
     return status
 

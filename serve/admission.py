@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from pathlib import Path
 
 from serve.errors import UnavailableError
+from serve.observability.occasionally import Occasionally
+
+logger = logging.getLogger(__name__)
 
 _SHARE = 8  # of the memory that the server may use, for messages
 _LEAST_BUDGET = 64 << 20
@@ -25,7 +29,9 @@ class Admission:
         self._byte_limit = byte_limit or default_byte_limit()
         self._inside = 0
         self._bytes = 0
+        self._refused = 0
         self._closed = False
+        self._occasionally = Occasionally(logger)
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
 
@@ -44,6 +50,11 @@ class Admission:
         """Bytes of the requests inside."""
         return self._bytes
 
+    @property
+    def refused(self) -> int:
+        """How many requests were not let in, so far."""
+        return self._refused
+
     def enter(self, size: int = 0) -> None:
         """Let a request of `size` bytes in; alone, it may be larger than the budget.
 
@@ -51,20 +62,31 @@ class Admission:
             UnavailableError: the server stops, or it is full.
         """
         with self._lock:
-            if self._closed:
-                raise UnavailableError("the server is shutting down and has stopped accepting new requests")
-            if self._inside >= self._limit:
-                raise UnavailableError(
-                    f"{self._limit} requests are in flight, the server's limit (--max-inflight-requests): "
-                    "retry later or on another server"
-                )
-            if self._inside and self._bytes + size > self._byte_limit:
-                raise UnavailableError(
-                    f"the requests in flight have {self._bytes} bytes, this one {size}, the limit is "
-                    f"{self._byte_limit} (--max-inflight-bytes): retry later or on another server"
-                )
-            self._inside += 1
-            self._bytes += size
+            problem = self._problem(size)
+            if not problem:
+                self._inside += 1
+                self._bytes += size
+                return
+            self._refused += 1
+        if not self._closed:
+            self._occasionally.warn(f"refused a request: {problem}")
+        raise UnavailableError(problem)
+
+    def _problem(self, size: int) -> str:
+        """Why a request of `size` bytes can't be let in; empty: it can."""
+        if self._closed:
+            return "the server is shutting down and has stopped accepting new requests"
+        if self._inside >= self._limit:
+            return (
+                f"{self._limit} requests are in flight, the server's limit (--max-inflight-requests): "
+                "retry later or on another server"
+            )
+        if self._inside and self._bytes + size > self._byte_limit:
+            return (
+                f"the requests in flight have {self._bytes} bytes, this one {size}, the limit is "
+                f"{self._byte_limit} (--max-inflight-bytes): retry later or on another server"
+            )
+        return ""
 
     def leave(self, size: int = 0) -> None:
         """A request that was let in, with the same `size`, is through."""

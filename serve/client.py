@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.top < 1:
             raise InferError(f"--top is {options.top}, expected 1 or more")  # noqa: TRY301 - answered as the others
-        with grpc.insecure_channel(options.url) as channel:
+        with _channel(options) as channel:
             scores = classify_image(GRPCInferenceServiceStub(channel), options)
     except grpc.RpcError as error:
         print(f"onnxedge infer: {options.url}: {error.code().name}: {error.details()}", file=sys.stderr)
@@ -77,7 +77,34 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="what a float input wants its pixels to be: as they are, 0 to 1, -1 to 1, ImageNet's mean 0",
     )
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds (default: %(default)s)")
+    parser.add_argument(
+        "--header",
+        "-H",
+        type=_header,
+        action="append",
+        metavar="'NAME: VALUE'",
+        help="such as 'authorization: Bearer TOKEN'; may be given more than once",
+    )
+    parser.add_argument("--ssl", action="store_true", help="TLS, with the system's certificates")
+    parser.add_argument("--root-cert", type=Path, metavar="FILE", help="TLS, with these certificates, PEM")
+    parser.add_argument("--client-cert", type=Path, metavar="FILE", help="this client's certificate, PEM")
+    parser.add_argument("--client-key", type=Path, metavar="FILE", help="and its key, PEM")
     return parser.parse_args(arguments)
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not (name.strip() and colon):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 'NAME: VALUE'")
+    return name.strip().lower(), value.strip()
+
+
+def _channel(options: argparse.Namespace) -> grpc.Channel:
+    files = (options.root_cert, options.client_key, options.client_cert)
+    if not (options.ssl or any(files)):
+        return grpc.insecure_channel(options.url)
+    read = (path.read_bytes() if path else None for path in files)
+    return grpc.secure_channel(options.url, grpc.ssl_channel_credentials(*read))
 
 
 def classify_image(stub: Any, options: argparse.Namespace) -> list[bytes]:
@@ -85,14 +112,16 @@ def classify_image(stub: Any, options: argparse.Namespace) -> list[bytes]:
 
     Args:
         stub: of GRPCInferenceService.
-        options: model, version, image, top, scaling and timeout, as `main` parses them.
+        options: model, version, image, top, scaling, timeout and header, as `main` parses them.
 
     Raises:
         InferError: the model has no image input, or the image can't be read.
         grpc.RpcError: the server refused.
     """
     metadata = stub.ModelMetadata(
-        pb.ModelMetadataRequest(name=options.model, version=options.version), timeout=options.timeout
+        pb.ModelMetadataRequest(name=options.model, version=options.version),
+        timeout=options.timeout,
+        metadata=options.header,
     )
     if len(metadata.inputs) != 1:
         raise InferError(f"model '{options.model}' has {len(metadata.inputs)} inputs, an image fills one")
@@ -106,12 +135,12 @@ def classify_image(stub: Any, options: argparse.Namespace) -> list[bytes]:
     if name is None:
         for best_name in _BEST:
             request.outputs.add(name=best_name)
-        scores, classes = _outputs(stub.ModelInfer(request, timeout=options.timeout))
+        scores, classes = _outputs(stub.ModelInfer(request, timeout=options.timeout, metadata=options.header))
         best = zip(scores.flat, classes.flat, strict=True)
         return [f"{score}:{index}".encode() for score, index in best][: options.top]
     output = request.outputs.add(name=name)
     output.parameters["classification"].int64_param = options.top
-    (best_texts,) = _outputs(stub.ModelInfer(request, timeout=options.timeout))
+    (best_texts,) = _outputs(stub.ModelInfer(request, timeout=options.timeout, metadata=options.header))
     return list(best_texts.flat)
 
 
@@ -196,7 +225,9 @@ def _read_pixels(path: Path, mode: str, height: int, width: int) -> np.ndarray:
     try:
         from PIL import Image, UnidentifiedImageError  # noqa: PLC0415 - an extra that only this command needs
     except ImportError as error:
-        raise InferError("Pillow is not installed: pip install 'onnxedge[images]'") from error
+        raise InferError(
+            "Pillow is not installed: pip install 'onnxedge[images]', in a checkout pip install '.[images]'"
+        ) from error
     try:
         with Image.open(path) as opened:
             image = in_8_bits(opened).convert(mode)

@@ -1,5 +1,8 @@
 """What can go wrong with a request, one class per gRPC status (the mapping of Triton's error codes)."""
 
+# A name that a client made up comes back in the message, which is a header of at most some KB.
+_LONGEST_MESSAGE = 1000
+
 
 class ServeError(Exception):
     """An error whose message is meant for the client.
@@ -9,6 +12,11 @@ class ServeError(Exception):
     """
 
     code = "UNKNOWN"
+
+    def __init__(self, message: str = "") -> None:
+        """Cut the message to a length that a header can hold."""
+        cut = len(message) > _LONGEST_MESSAGE
+        super().__init__(f"{message[:_LONGEST_MESSAGE]}..." if cut else message)
 
 
 class InvalidArgumentError(ServeError):

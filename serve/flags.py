@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 ENVIRONMENT_PREFIX = "ONNXEDGE_"
+_STRICT = "strict_model_config"
 _NEAR = 0.8
 _BOOLEANS = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False}
 _BOOLEANS["no"] = False
@@ -31,12 +32,19 @@ WITHOUT_EFFECT = {
     "--http-port": _NO_HTTP,
     "--http-thread-count": _NO_HTTP,
     "--http-header-forward-pattern": _NO_HTTP,
+    "--grpc-header-forward-pattern": "headers are not passed on to models",
     "--http-restricted-api": _NO_HTTP,
     "--http-max-input-size": _NO_HTTP,
     "--reuse-http-port": _NO_HTTP,
     "--allow-sagemaker": _NO_HTTP,
     "--allow-vertex-ai": _NO_HTTP,
     "--allow-grpc": "gRPC is always served",
+    "--sagemaker-port": _NO_HTTP,
+    "--vertex-ai-port": _NO_HTTP,
+    "--model-namespacing": "a name in two repositories is served from neither",
+    "--model-load-gpu-limit": _NO_GPU_POOL,
+    "--repoagent-directory": "there are no repository agents",
+    "--response-cache-byte-size": "responses are not cached",
     "--allow-gpu-metrics": "this server reports no GPU's figures",
     "--allow-cpu-metrics": "the process's own CPU and memory are always reported",
     "--metrics-interval-ms": "metrics are made when they are asked for",
@@ -61,6 +69,16 @@ WITHOUT_EFFECT = {
 }
 
 
+# Triton's old flags, and what to write now.
+REPLACED = {
+    "--trace-file": "--trace-config=triton,file=FILE",
+    "--trace-level": "--trace-config=level=TIMESTAMPS",
+    "--trace-rate": "--trace-config=rate=N",
+    "--trace-count": "--trace-config=count=N",
+    "--trace-log-frequency": "--trace-config=triton,log-frequency=N",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise SettingsError(message)
@@ -72,6 +90,17 @@ def _boolean(text: str) -> bool:
     return _BOOLEANS[text.lower()]
 
 
+def _level(text: str) -> int:
+    """A log level; Triton takes true and false, too."""
+    return int(text) if text.isdecimal() else int(_boolean(text))
+
+
+def _folder(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: object stores are not supported, mount or copy it")
+    return Path(text)
+
+
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Give a parser one flag for each field of `ServerSettings`, and those without effect, hidden."""
     for setting in fields(ServerSettings):
@@ -79,17 +108,22 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         names = [f"--{flag_of(setting.name)}"]
         if setting.name == "model_repository":
             names.append("--model-store")
-            options |= {"action": "append", "type": Path, "metavar": "FOLDER"}
+            options |= {"action": "append", "type": _folder, "metavar": "FOLDER"}
         elif str(setting.type).startswith("tuple"):
             options |= {"action": "append", "metavar": "VALUE"}
         elif setting.type == "bool":
             options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+        elif setting.name == "log_verbose":
+            options |= {"type": _level, "nargs": "?", "const": 1, "metavar": "LEVEL"}
         else:
             options |= {"type": int if setting.type == "int" else str, "metavar": "VALUE"}
         if not str(setting.type).startswith("tuple"):
             options["help"] += f" (default: {str(setting.default).lower()})"
         options["help"] = options["help"].replace("%", "%%")
         parser.add_argument(*names, **options)
+    parser.add_argument(
+        "--strict-model-config", dest=_STRICT, type=_boolean, nargs="?", const=True, help=argparse.SUPPRESS
+    )
     for name in WITHOUT_EFFECT:
         parser.add_argument(name, dest=name, action="append", nargs="?", const="", help=argparse.SUPPRESS)
 
@@ -115,6 +149,8 @@ def parse_server_settings(
     warnings = [
         f"{flag} has no effect: {reason}" for flag, reason in WITHOUT_EFFECT.items() if given.pop(flag, None)
     ]
+    if given.pop(_STRICT, False):  # Triton's old name
+        given["disable_auto_complete_config"] = True
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
     }
@@ -130,6 +166,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
         if not flag.startswith("-"):
             raise SettingsError(f"unexpected {flag!r}: did you mean --model-repository {flag}?")
         hint = f"did you mean {near[0]}?" if near else "onnxedge serve --help lists those that there are"
+        hint = f"write {REPLACED[flag]}" if flag in REPLACED else hint
         raise SettingsError(f"unknown flag {flag}: {hint}")
     return namespace
 

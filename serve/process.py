@@ -49,6 +49,14 @@ def keep_large_blocks() -> bool:
     return _keeping_large_blocks
 
 
+def quiet_grpc() -> None:
+    """Keep gRPC's own log, which is not the server's, off stderr; the environment may ask for it.
+
+    It complains of each stop, that it can't accept connections any more.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
 def take_short_turns() -> None:
     """Have threads that work in Python give way to each other after 1 ms.
 

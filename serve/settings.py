@@ -166,6 +166,10 @@ class ServerSettings:
         self._check_values()
         if self.load_model and self.model_control_mode != "explicit":
             raise SettingsError("--load-model needs --model-control-mode=explicit, others load all models")
+        if self.allow_metrics and self.grpc_port == self.metrics_port != 0:
+            raise SettingsError(
+                f"--grpc-port and --metrics-port are both {self.grpc_port}, expected two ports"
+            )
         if not self.model_repository:
             raise SettingsError("--model-repository is missing: name the folder that holds the models")
         for folder in self.model_repository:

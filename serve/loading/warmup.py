@@ -111,7 +111,9 @@ class _Batches:
         """Whether rows are independent, and how many in a run pay."""
         independent = is_declared_independent(self._folder, filename)
         if self._config.message.HasField("sequence_batching"):
-            return WarmUp(1, independent, reason="sequences are not measured")
+            return WarmUp(
+                1, independent, reason="not measured: runs are made of the sequences that are there"
+            )
         if not independent:
             return WarmUp(1, rows_independent=False, reason="it takes ranges over whole batches")
         apart = self._first_runs()

@@ -5,6 +5,7 @@ A field that this server doesn't support is an error that names it; none is igno
 
 from __future__ import annotations
 
+import difflib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL_FILENAME = "model.onnx"
+_NEAR = 0.8  # of two names that differ by a letter or two
 PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
 
@@ -32,6 +34,12 @@ BACKEND = "onnxruntime"
 OWN_PARAMETERS = (ENCODED_IMAGE, *LENGTH_PARAMETERS)
 
 _NOT_ON_A_CPU = "onnxruntime's providers decide it"
+
+_REFUSED = {
+    "ensemble_scheduling": "ensembles are not; call the models one after the other",
+    "input.optional": "every input of the graph is needed",
+    "input.allow_ragged_batch": "ragged batches are not; rows can be padded to one length (length_axis)",
+}
 
 # Each field is either looked into ({...}), taken whole ({}), or taken without effect (the reason, which is
 # logged): hints about speed on another server. A field that is not here is refused.
@@ -110,11 +118,7 @@ def check_config(message: pb.ModelConfig, name: str) -> None:
         if value not in ("", expected):
             raise ModelLoadError(f"config.pbtxt: {field} is {value!r}, expected {expected!r} or nothing")
     for parameter in message.parameters:
-        if parameter not in OWN_PARAMETERS and not takes_parameter(parameter):
-            raise ModelLoadError(
-                f"config.pbtxt: parameter '{parameter}' is not supported, "
-                f"expected one of {', '.join((*OWN_PARAMETERS, *PARAMETERS))}"
-            )
+        _check_parameter(parameter, name)
     if message.max_batch_size < 0:
         raise ModelLoadError(f"config.pbtxt: max_batch_size is {message.max_batch_size}, expected 0 or more")
     if message.model_transaction_policy.decoupled:
@@ -124,6 +128,17 @@ def check_config(message: pb.ModelConfig, name: str) -> None:
     _refuse_path("default_model_filename", message.default_model_filename)
     for output in message.output:
         _refuse_path(f"label_filename of output '{output.name}'", output.label_filename)
+
+
+def _check_parameter(parameter: str, model: str) -> None:
+    """Refuse what looks like a typing error; what means nothing here is somebody's note, as in Triton."""
+    known = (*OWN_PARAMETERS, *PARAMETERS)
+    if parameter in OWN_PARAMETERS or takes_parameter(parameter):
+        return
+    near = difflib.get_close_matches(parameter, known, 1, _NEAR)
+    if near:
+        raise ModelLoadError(f"config.pbtxt: parameter '{parameter}' is unknown: did you mean '{near[0]}'?")
+    logger.warning("config.pbtxt of '%s': parameter '%s' has no effect: it is unknown", model, parameter)
 
 
 def _refuse_path(field: str, filename: str) -> None:
@@ -138,10 +153,8 @@ def _unsupported(
     for descriptor, value in message.ListFields():
         field = prefix + descriptor.name
         if descriptor.name not in supported:
-            raise ModelLoadError(
-                f"config.pbtxt: field '{field}' is not supported by this server: "
-                "remove it, or serve the model elsewhere"
-            )
+            advice = _REFUSED.get(field, "remove it, or serve the model elsewhere")
+            raise ModelLoadError(f"config.pbtxt: field '{field}' is not supported by this server: {advice}")
         inner = supported[descriptor.name]
         if isinstance(inner, str):
             yield field, inner
@@ -164,9 +177,13 @@ def select_versions(message: pb.ModelConfig, available: Iterable[int]) -> list[i
     if choice == "all":
         return versions
     if choice == "specific":
-        missing = [version for version in policy.specific.versions if version not in versions]
+        wanted = set(policy.specific.versions)
+        missing = sorted(wanted.difference(versions))
+        text = f"version_policy.specific asks for {missing}, the folder has {versions}"
+        if len(missing) == len(wanted):
+            raise ModelLoadError(text)
         if missing:
-            raise ModelLoadError(f"version_policy.specific asks for {missing}, the folder has {versions}")
-        return sorted(set(policy.specific.versions))
+            logger.error("'%s': %s", message.name, text)
+        return sorted(wanted.intersection(versions))
     # proto3 can't tell 0 from unset; Triton's default is one version.
     return versions[-(policy.latest.num_versions or 1) :]

@@ -206,5 +206,6 @@ def _require_pillow(name: str) -> None:
         from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401, PLC0415 - an extra
     except ImportError as error:
         raise ModelLoadError(
-            f"input '{name}' takes image files, and Pillow is not installed: pip install 'onnxedge[images]'"
+            f"input '{name}' takes image files, and Pillow is not installed: "
+            "pip install 'onnxedge[images]', in a checkout '.[images]'"
         ) from error

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _FILE_PREFIX = "file:"
+# Configs have kilobytes; lists in JSON take 30 times their text when parsed.
+_LARGEST_CONFIG = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ def _value(key: str, parameter: Any, expected: str) -> Any:
 def _parse_config(text: str) -> model_config_pb2.ModelConfig:
     config = model_config_pb2.ModelConfig()
     what = "load parameter 'config': expected a ModelConfig as JSON"
+    if len(text) > _LARGEST_CONFIG:
+        raise InternalError(f"{what}, got {len(text)} characters, {_LARGEST_CONFIG} at most can be")
     if not text.lstrip().startswith("{"):  # a list passes for an empty message
         raise InternalError(f"{what}, got {text[:40]!r}")
     try:

@@ -116,6 +116,12 @@ def _server_metrics(core: InferenceCore, usage: SystemUsage) -> list[str]:
             "Bytes of the requests in the server",
             core.admission.inflight_bytes,
         ),
+        (
+            "onnxedge_refused_requests_total",
+            "counter",
+            "Requests not let in: the server was full, or stopped",
+            core.admission.refused,
+        ),
         ("onnxedge_dropped_access_log_lines_total", "counter", "Lines of the access log lost", lost_lines),
         ("onnxedge_dropped_traces_total", "counter", "Traces lost", core.tracer.dropped),
     )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("default", "ISO8601")
 _LOGGER = "serve"
+_SECONDS_BETWEEN_COMPLAINTS = 10.0
 _SHOWN = 64
 _SILENT = logging.CRITICAL + 1
 
@@ -144,10 +145,22 @@ def _handler(path: str) -> logging.Handler:
     if not path:
         return logging.StreamHandler(sys.stderr)
     try:
-        # Looks at each line whether the file has been moved away, so rotation needs no signal.
-        return WatchedFileHandler(path, encoding="utf-8")
+        return _LogFile(path, encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"--log-file {path} can't be written: {error.strerror or error}") from error
+
+
+class _LogFile(WatchedFileHandler):
+    """Looks at each line whether the file has been moved away, so rotation needs no signal."""
+
+    _next_complaint = 0.0
+
+    def handleError(self, _record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say now and then that lines are lost; logging's own way is a traceback for each."""
+        now = time.monotonic()
+        if now >= self._next_complaint:
+            self._next_complaint = now + _SECONDS_BETWEEN_COMPLAINTS
+            print(f"{self.baseFilename} can't be written: {sys.exc_info()[1]}", file=sys.stderr)
 
 
 class _Formatter(logging.Formatter):

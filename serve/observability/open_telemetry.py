@@ -55,7 +55,7 @@ class OpenTelemetrySpans:
         except ImportError as error:
             raise SettingsError(
                 f"--trace-config mode=opentelemetry needs OpenTelemetry ({error}): "
-                "install it with pip install 'onnxedge[tracing]'"
+                "pip install 'onnxedge[tracing]', in a checkout '.[tracing]'"
             ) from error
         self._api = trace
         self._propagator = tracecontext.TraceContextTextMapPropagator()

@@ -10,6 +10,7 @@ from serve.observability.trace_settings import (
     OPEN_TELEMETRY,
     SETTINGS,
     TENSORS,
+    TIMESTAMPS,
     TRITON,
     TraceConfig,
     TraceScope,
@@ -29,10 +30,15 @@ def parse_trace_config(flags: Iterable[str]) -> TraceConfig:
         SettingsError: a flag is malformed, unknown, or its value can't be used.
     """
     given: dict[str, list[str]] = {}
+    flags = list(flags)
     for flag in flags:
         name, value = _split(flag)
         given.setdefault(name, []).append(value)
-    mode, file = given.pop("mode", [TRITON])[-1], given.pop("file", [""])[-1]
+    prefixes = [flag.partition(",")[0] for flag in flags]
+    implied = OPEN_TELEMETRY if OPEN_TELEMETRY in prefixes and TRITON not in prefixes else TRITON
+    mode, file = given.pop("mode", [implied])[-1], given.pop("file", [""])[-1]
+    if (file or mode == OPEN_TELEMETRY) and "level" not in given and given.get("rate"):
+        given["level"] = [TIMESTAMPS]  # whoever says where to and how many wants some
     if mode not in (TRITON, OPEN_TELEMETRY):
         raise SettingsError(f"--trace-config mode={mode}: expected {TRITON} or {OPEN_TELEMETRY}")
     values = {}

@@ -100,7 +100,8 @@ class Tracer:
         self.active = self._settings.active
         """Whether any request could be traced now; nothing else need be asked where not."""
         if self.config.defaults.level and not self.active:
-            logger.warning("nothing is traced: --trace-config needs triton,file=PATH, rate and count")
+            where = "url=URL" if self.follows_clients else "triton,file=PATH"
+            logger.warning("nothing is traced: --trace-config needs %s and rate=N, and no count=0", where)
 
     @property
     def config(self) -> TraceConfig:

@@ -19,8 +19,14 @@ from serve.protocol.parameters import (
     encode_parameters,
     encode_shared_area,
 )
-from serve.protocol.tensor_codec import Buffer, decode_contents, decode_tensor, encode_tensor
-from serve.protocol.wire import STREAM_RESPONSE_TAG, append_raw_contents, split_raw_contents
+from serve.protocol.tensor_codec import (
+    Buffer,
+    check_bytes_limit,
+    decode_contents,
+    decode_tensor,
+    encode_tensor,
+)
+from serve.protocol.wire import STREAM_RESPONSE_TAG, append_raw_contents, check_fields, split_raw_contents
 from serve.request import InferRequest, InferResponse, RequestedOutput, SharedInput, Tensor
 
 if TYPE_CHECKING:
@@ -45,6 +51,17 @@ def parse(message_type: type[Message]) -> Callable[[bytes], Any]:
             raise InvalidArgumentError(f"malformed {message_type.DESCRIPTOR.name}: {error}") from error
 
     return parse_message
+
+
+def parse_bounded(message_type: type[Message]) -> Callable[[bytes], Any]:
+    """The same for a message that may be large: of `wire.MAX_FIELDS` top-level fields at most."""
+    parse_message = parse(message_type)
+
+    def check_and_parse(data: bytes) -> Any:
+        check_fields(data)
+        return parse_message(data)
+
+    return check_and_parse
 
 
 _parse_infer_request = parse(pb.ModelInferRequest)
@@ -93,7 +110,7 @@ def _decode_inputs(
     """The inputs, apart from those in shared memory, which use up no entry of `raw`, and these."""
     tensors = []
     shared = []
-    slot = 0
+    slot = bytes_elements = 0
     for tensor in inputs:
         datatype = DATATYPES.get(tensor.datatype)
         if datatype is None:
@@ -119,6 +136,9 @@ def _decode_inputs(
                 f"unable to find data for input '{tensor.name}': "
                 f"neither raw_input_contents[{slot}] nor contents is there"
             )
+        if datatype.name == "BYTES":
+            bytes_elements += array.size
+            check_bytes_limit(tensor.name, bytes_elements)
         tensors.append(Tensor(tensor.name, datatype, array))
     return tuple(tensors), tuple(shared)
 

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 Buffer = bytes | memoryview
 
 _LENGTH_PREFIX = struct.Struct("<I")
+# numpy's own limit. The product of 131072 dimensions took 1.5 s, and time grows with their square.
+MAX_DIMENSIONS = 64
+# An element is an object of some 50 bytes in Python, another in onnxruntime, two more in the answer: 11 M
+# of 2 bytes each, 62 MiB, took 860 MB and 5 s for the decoding alone. Real requests have thousands of texts.
+MAX_BYTES_ELEMENTS = 1 << 20
 _CONTENTS_DTYPES = {"int_contents": np.dtype("<i4"), "uint_contents": np.dtype("<u4")}
 
 
@@ -28,8 +33,13 @@ def element_count(name: str, shape: tuple[int, ...]) -> int:
     """Product of the dimensions.
 
     Raises:
-        InvalidArgumentError: a dimension is negative.
+        InvalidArgumentError: a dimension is negative, or there are more than `MAX_DIMENSIONS`.
     """
+    if len(shape) > MAX_DIMENSIONS:
+        raise InvalidArgumentError(
+            f"input '{name}': shape can't be served: expected {MAX_DIMENSIONS} dimensions at most, got "
+            f"{len(shape)}"
+        )
     if shape and min(shape) < 0:
         raise InvalidArgumentError(f"input '{name}': shape {list(shape)} has a negative dimension")
     return math.prod(shape)
@@ -51,15 +61,41 @@ def check_byte_size(name: str, datatype: DataType, shape: tuple[int, ...], byte_
     """The element count of a tensor that has `byte_size` bytes.
 
     Raises:
-        InvalidArgumentError: the shape is negative, or needs another number of bytes.
+        InvalidArgumentError: the shape can't be, needs another number of bytes, or too many BYTES elements.
     """
     count = element_count(name, shape)
-    if datatype.itemsize and byte_size != count * datatype.itemsize:
+    if not datatype.itemsize:
+        _check_bytes_count(name, count, byte_size)
+    elif byte_size != count * datatype.itemsize:
         raise InvalidArgumentError(
             f"input '{name}': expected {count * datatype.itemsize} bytes for {datatype.name} {list(shape)}, "
             f"got {byte_size}"
         )
     return count
+
+
+def _check_bytes_count(name: str, count: int, byte_size: int) -> None:
+    """Refuse a BYTES tensor for its shape, before any of its elements is made."""
+    least = count * _LENGTH_PREFIX.size
+    if byte_size < least:
+        raise InvalidArgumentError(
+            f"input '{name}': expected {count} BYTES elements for its shape, at least {least} bytes, got "
+            f"{byte_size} bytes"
+        )
+    check_bytes_limit(name, count)
+
+
+def check_bytes_limit(name: str, count: int) -> None:
+    """Refuse an input with which a request has `count` BYTES elements, too many of them.
+
+    Raises:
+        InvalidArgumentError: they are more than `MAX_BYTES_ELEMENTS`.
+    """
+    if count > MAX_BYTES_ELEMENTS:
+        raise InvalidArgumentError(
+            f"input '{name}': expected {MAX_BYTES_ELEMENTS} BYTES elements at most, got {count}: split the "
+            "request"
+        )
 
 
 def _reshape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -124,8 +160,9 @@ def decode_contents(name: str, datatype: DataType, shape: tuple[int, ...], conte
             f"input '{name}': expected {count} elements for shape {list(shape)}, got {len(values)}"
         )
     if datatype.name == "BYTES":
-        return _reshape(name, _object_array(values), shape)
-    wide = np.array(values, dtype=_CONTENTS_DTYPES.get(datatype.contents, datatype.dtype))
+        check_bytes_limit(name, count)
+    # np.array would make a list of Python objects first.
+    wide = np.fromiter(values, _CONTENTS_DTYPES.get(datatype.contents, datatype.dtype), count)
     return _reshape(name, wide.astype(datatype.dtype, copy=False), shape)
 
 

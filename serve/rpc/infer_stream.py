@@ -7,7 +7,9 @@ turn, so several requests of a stream are in the server at once.
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import deque
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING
@@ -15,43 +17,25 @@ from typing import TYPE_CHECKING
 from serve.errors import CanceledError, InternalError, ServeError, UnavailableError
 from serve.protocol import codec
 from serve.request import Call
+from serve.rpc.pending_answer import PendingAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from concurrent.futures import Future
 
     from serve.core import InferenceCore
-    from serve.observability.observation import Observed
-    from serve.request import InferResponse
 
 logger = logging.getLogger(__name__)
 
 STREAM_RPC = "ModelStreamInfer"
 # Requests of one stream that are read but not answered; then the client has to wait, too.
 MAX_PENDING = 32
+# How long the client may take for one answer, beside what a link of 1 Mbit/s takes for its bytes; the second
+# is for when the server stops.
+LONGEST_WRITE_SECONDS = 20.0
+_LONGEST_LAST_WRITE_SECONDS = 2.0
+_SLOWEST_LINK_BYTES_PER_SECOND = 125_000
 # A client that sends this wants the status of a request that fails as the stream's own.
 _STATUS_ON_ERROR = ("triton_grpc_error", "true")
-
-
-class _Pending:
-    """A request that is to be answered.
-
-    Attributes:
-        id: the client's name for it.
-        call: its deadline and cancellation.
-        size: its bytes, as admission counts them; None: it was not let in.
-        outcome: where its answer will be, or why it is refused.
-        observed: what its trace and the access log learn of it; None where both are off.
-    """
-
-    __slots__ = ("call", "id", "observed", "outcome", "size")
-
-    def __init__(self, call: Call) -> None:
-        self.id = ""
-        self.call = call
-        self.size: int | None = None
-        self.outcome: Future[InferResponse] | ServeError
-        self.observed: Observed | None = None
 
 
 class InferStream:
@@ -65,22 +49,26 @@ class InferStream:
         self,
         core: InferenceCore,
         on_close: Callable[[InferStream], None],
+        cancel: Callable[[], object],
         deadline: float | None,
+        *,
         peer: str,
         metadata: Sequence[tuple[str, str | bytes]],
     ) -> None:
         """See `Streams.open`; `on_close` is called with the stream when its RPC is over."""
         self._core = core
         self._on_close = on_close
+        self._cancel = cancel
         self._deadline = deadline
         self._peer = peer
         self._metadata = metadata
         self._status_on_error = _STATUS_ON_ERROR in metadata
-        self._pending: deque[_Pending] = deque()
+        self._pending: deque[PendingAnswer] = deque()
         self._reading = True
         self._submitting = False
         self._draining = False
         self._closed = False
+        self._due = math.inf  # when the answer that is being written should have been
         self._changed = threading.Condition(threading.Lock())
 
     def answers(self, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -101,7 +89,10 @@ class InferStream:
         threading.Thread(target=self._read, args=(requests,), name="stream-reader", daemon=True).start()
         try:
             while (pending := self._next()) is not None:
-                yield self._answer(pending)
+                answer = self._answer(pending)
+                self._due = time.monotonic() + len(answer) / _SLOWEST_LINK_BYTES_PER_SECOND
+                yield answer
+                self._due = math.inf
                 self._answered(pending)
         finally:
             self._abandon()
@@ -111,6 +102,16 @@ class InferStream:
         with self._changed:
             self._draining = True
             self._changed.notify_all()
+
+    def end_if_stuck(self) -> None:
+        """Cancel the RPC if its client has not taken an answer for too long."""
+        longest = _LONGEST_LAST_WRITE_SECONDS if self._draining else LONGEST_WRITE_SECONDS
+        if time.monotonic() < self._due + longest:
+            return
+        logger.warning("%s: %s does not read its answers: the stream is cancelled", STREAM_RPC, self._peer)
+        self._due = math.inf
+        self._cancel()
+        self.close()
 
     def close(self) -> None:
         """Give up what is not answered, and the stream's place; may be called again."""
@@ -126,17 +127,11 @@ class InferStream:
         for pending in abandoned:
             self._give_up(pending)
 
-    def _give_up(self, pending: _Pending) -> None:
+    def _give_up(self, pending: PendingAnswer) -> None:
         pending.call.cancel()
         if pending.observed is not None:
             pending.observed.failed(CanceledError.code, "the stream ended before the answer was sent")
-        self._leave(pending)
-
-    def _leave(self, pending: _Pending) -> None:
-        if pending.size is not None:
-            self._core.admission.leave(pending.size)
-        if pending.observed is not None:
-            pending.observed.finish()
+        pending.end()
 
     # The reader's thread
 
@@ -154,11 +149,16 @@ class InferStream:
             self._changed.notify_all()
 
     def _wait_for_room(self) -> bool:
-        """Wait while the most requests are pending; False when no more are to be read."""
+        """Wait while enough is pending, or the server stops; False when no more are to be read."""
         with self._changed:
-            while len(self._pending) >= MAX_PENDING and not self._closed:
+            while self._full() and not self._closed:
                 self._changed.wait()
             return not self._closed
+
+    def _full(self) -> bool:
+        if self._draining or len(self._pending) >= MAX_PENDING:
+            return True
+        return bool(self._pending) and self._core.streams.unwritten.full
 
     def _take(self) -> bool:
         """Whether a request that has arrived is to be answered, which the stream then doesn't end before."""
@@ -166,31 +166,30 @@ class InferStream:
             self._submitting = not self._closed
             return self._submitting
 
-    def _submit(self, data: bytes) -> _Pending:
+    def _submit(self, data: bytes) -> PendingAnswer:
         """Hand a request to its model; what is wrong with it becomes its outcome."""
-        pending = _Pending(Call(self._deadline))
         core = self._core
+        pending = PendingAnswer(Call(self._deadline), core.admission, core.streams.unwritten)
         try:
             if core.observer.active:
                 pending.observed = core.observer.begin(
                     STREAM_RPC, pending.call, len(data), self._peer, self._metadata
                 )
-            core.admission.enter(len(data))
-            pending.size = len(data)
+            pending.enter(len(data))
             request = codec.decode_infer_request(data)
             pending.id = request.id
             if pending.observed is not None:
                 pending.observed.parsed(request)
-            pending.outcome = core.infer(request, pending.call)
+            pending.expect(core.infer(request, pending.call))
         except ServeError as error:
             pending.id = pending.id or codec.request_id(data)
-            pending.outcome = error.with_traceback(None)  # its frames hold the request
+            pending.refuse(error.with_traceback(None))  # its frames hold the request
         except Exception as error:
             logger.exception("%s failed", STREAM_RPC)
-            pending.outcome = InternalError(f"{STREAM_RPC}: {error!r}")
+            pending.refuse(InternalError(f"{STREAM_RPC}: {error!r}"))
         return pending
 
-    def _append(self, pending: _Pending) -> None:
+    def _append(self, pending: PendingAnswer) -> None:
         with self._changed:
             self._submitting = False
             if not self._closed:
@@ -201,7 +200,7 @@ class InferStream:
 
     # The transport's thread
 
-    def _next(self) -> _Pending | None:
+    def _next(self) -> PendingAnswer | None:
         """The request whose answer is due; None: there will be none any more.
 
         Raises:
@@ -217,7 +216,7 @@ class InferStream:
                 self._changed.wait()
             return self._pending[0]
 
-    def _answer(self, pending: _Pending) -> bytes:
+    def _answer(self, pending: PendingAnswer) -> bytes:
         """Wait for a request's one answer, or say why there is none.
 
         Raises:
@@ -245,17 +244,17 @@ class InferStream:
             raise error
         return refusal
 
-    def _refusal(self, pending: _Pending, error: ServeError) -> bytes:
+    def _refusal(self, pending: PendingAnswer, error: ServeError) -> bytes:
         logger.debug("%s: %s: %s", STREAM_RPC, error.code, error)
         if pending.observed is not None:
             pending.observed.failed(error.code, str(error))
         return codec.encode_stream_error(pending.id, str(error))
 
-    def _answered(self, pending: _Pending) -> None:
+    def _answered(self, pending: PendingAnswer) -> None:
         """The transport has taken the answer: make room."""
         with self._changed:
             if not (self._pending and self._pending[0] is pending):
                 return  # closed meanwhile
             self._pending.popleft()
             self._changed.notify_all()
-        self._leave(pending)
+        pending.end()

@@ -6,6 +6,7 @@ here knows which transport that is.
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from serve.rpc import diagnostics, models, repository, shared_memory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from google.protobuf.message import Message
+
     from serve.core import InferenceCore
     from serve.request import Call, InferRequest, InferResponse
 
@@ -26,6 +29,10 @@ RPCS = tuple(method.name for method in _DESCRIPTOR.methods)
 """All methods of the protocol: those of `METHODS`, and the one that is a stream."""
 STREAM = "ModelStreamInfer"
 """Answered by `serve.rpc.stream`."""
+LARGEST = 1 << 20
+"""Bytes of a request of most RPCs, whose real ones have hundreds."""
+UNLIMITED = sys.maxsize
+"""`largest` of a method that only the transport's limit bounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +44,25 @@ class Method:
         handle: (core, parsed request, call) to a future; raises ServeErrors, as may the future.
         serialize: the future's result to response bytes.
         counted: whether it is work that the in-flight limit bounds and a stopping server waits for.
+        largest: bytes that a request may have.
+        check: refuses a request, by ServeErrors, before it is parsed; None: there is nothing to check.
     """
 
     parse: Callable[[bytes], Any]
     handle: Callable[[InferenceCore, Any, Call], Future[Any]]
     serialize: Callable[[Any], bytes]
     counted: bool = False
+    largest: int = LARGEST
+    check: Callable[[InferenceCore], None] | None = None
+
+    def admits(self, size: int) -> bool:
+        """Whether a request of `size` bytes counts in admission.
+
+        Those of `counted` methods, and those whose bytes matter: a model that is loaded from its request.
+        Other loads don't, so an overloaded server can still be given another model, and one that stops
+        refuses them without waiting.
+        """
+        return self.counted or size > LARGEST
 
 
 def _model_infer(core: InferenceCore, request: InferRequest, call: Call) -> Future[InferResponse]:
@@ -50,15 +70,28 @@ def _model_infer(core: InferenceCore, request: InferRequest, call: Call) -> Futu
     return core.infer(request, call, inline=True)
 
 
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
 def _immediate(request_type: type[Any], handle: Callable[[InferenceCore, Any], Any]) -> Method:
     """A method that is answered without waiting for anything."""
+    return Method(codec.parse(request_type), _now(handle), _serialize)
 
+
+def _now(handle: Callable[[InferenceCore, Any], Any]) -> Callable[[InferenceCore, Any, Call], Future[Any]]:
     def handle_now(core: InferenceCore, request: Any, _call: Call) -> Future[Any]:
         future: Future[Any] = Future()
         future.set_result(handle(core, request))
         return future
 
-    return Method(codec.parse(request_type), handle_now, lambda message: message.SerializeToString())
+    return handle_now
+
+
+def _check_explicit(core: InferenceCore) -> None:
+    """Refuse a load that is refused whatever it says, so that nothing of it need be in memory."""
+    if core.settings.model_control_mode != "explicit":
+        repository.model_load(core, pb.RepositoryModelLoadRequest())  # names the reason
 
 
 METHODS: dict[str, Method] = {
@@ -84,7 +117,20 @@ METHODS: dict[str, Method] = {
     ),
     "TraceSetting": _immediate(pb.TraceSettingRequest, diagnostics.trace_setting),
     "LogSettings": _immediate(pb.LogSettingsRequest, diagnostics.log_settings),
-    "RepositoryModelLoad": _immediate(pb.RepositoryModelLoadRequest, repository.model_load),
+    # It brings a model's files along.
+    "RepositoryModelLoad": Method(
+        codec.parse_bounded(pb.RepositoryModelLoadRequest),
+        _now(repository.model_load),
+        _serialize,
+        largest=UNLIMITED,
+        check=_check_explicit,
+    ),
     "RepositoryModelUnload": _immediate(pb.RepositoryModelUnloadRequest, repository.model_unload),
-    "ModelInfer": Method(codec.decode_infer_request, _model_infer, codec.encode_infer_response, counted=True),
+    "ModelInfer": Method(
+        codec.decode_infer_request,
+        _model_infer,
+        codec.encode_infer_response,
+        counted=True,
+        largest=UNLIMITED,
+    ),
 }

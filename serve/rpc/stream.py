@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from serve.errors import UnavailableError
 from serve.rpc.infer_stream import InferStream
+from serve.rpc.pending_answer import Unwritten
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from serve.core import InferenceCore
 
 
-class Streams:
-    """Opens streams, up to a limit."""
+# How often to look for streams whose clients don't read.
+WATCH_SECONDS = 1.0
 
-    def __init__(self, limit: int) -> None:
+
+def _nothing() -> None:
+    pass
+
+
+class Streams:
+    """Opens streams, up to a limit.
+
+    Attributes:
+        unwritten: the answers that the streams' clients have yet to take.
+    """
+
+    def __init__(self, limit: int, byte_limit: int = 0) -> None:
+        """Open at most `limit`; `byte_limit` is that of `unwritten`."""
+        self.unwritten = Unwritten(byte_limit)
         self._limit = limit
+        self._watched = False
         self._open: set[InferStream] = set()
         self._draining = False
         self._changed = threading.Condition(threading.Lock())
@@ -32,6 +49,7 @@ class Streams:
         deadline: float | None = None,
         peer: str = "",
         metadata: Sequence[tuple[str, str | bytes]] = (),
+        cancel: Callable[[], object] = _nothing,
     ) -> InferStream:
         """Open a stream; the transport must `close` it when the RPC is over.
 
@@ -40,6 +58,7 @@ class Streams:
             deadline: each request's, on the `time.monotonic` clock in seconds.
             peer: the client's address.
             metadata: the RPC's.
+            cancel: ends the RPC, also while the transport waits for the client to read.
 
         Raises:
             UnavailableError: the server stops, or too many are open.
@@ -52,8 +71,11 @@ class Streams:
                     f"{self._limit} streams are open, the server's limit (--max-streams): retry later or on "
                     "another server"
                 )
-            stream = InferStream(core, self._leave, deadline, peer, metadata)
+            stream = InferStream(core, self._leave, cancel, deadline, peer=peer, metadata=metadata)
             self._open.add(stream)
+            if not self._watched:
+                threading.Thread(target=self._watch, name="stream-watch", daemon=True).start()
+                self._watched = True
         return stream
 
     def drain(self) -> None:
@@ -68,6 +90,18 @@ class Streams:
         """Wait until every stream has ended, `timeout` seconds at most; whether they have."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._open, timeout)
+
+    def _watch(self) -> None:
+        """End the streams whose clients don't read, while any is open."""
+        while True:
+            time.sleep(WATCH_SECONDS)
+            with self._changed:
+                streams = list(self._open)
+                if not streams:
+                    self._watched = False
+                    return
+            for stream in streams:
+                stream.end_if_stuck()
 
     def _leave(self, stream: InferStream) -> None:
         with self._changed:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 # Two runs at once keep two cores busy while one request is on its way through gRPC; one instance alone halves
 # the throughput on two cores.
 DEFAULT_INSTANCES = 2
+_MOST_INSTANCES = 64
 
 _COUNTS = ("intra_op_thread_count", "inter_op_thread_count")
 # Instances share one session here in any case, which is what this parameter asks of Triton.
@@ -182,7 +183,13 @@ def _instances(message: pb.ModelConfig, cores: int) -> int:
         raise ModelLoadError(f"config.pbtxt: instance_group.count is {min(counts)}, expected 0 or more")
     if counts in ([], [0]):
         return min(DEFAULT_INSTANCES, cores)
-    return sum(count or 1 for count in counts)
+    total = sum(count or 1 for count in counts)
+    if total > _MOST_INSTANCES:
+        raise ModelLoadError(
+            f"config.pbtxt: instance_group has a count of {total}, expected {_MOST_INSTANCES} at most: each "
+            "is a thread, and more than there are cores gain nothing"
+        )
+    return total
 
 
 @dataclass(frozen=True, slots=True)

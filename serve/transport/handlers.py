@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 
-from serve.errors import CanceledError, InternalError, ServeError
+from serve.errors import CanceledError, InternalError, InvalidArgumentError, ServeError
 from serve.request import Call
 from serve.rpc.servicer import METHODS, STREAM
 
@@ -41,7 +41,8 @@ def _unary(core: InferenceCore, name: str, method: Method) -> Callable[[bytes, g
         call = Call(None if remaining is None else time.monotonic() + remaining)
         observed = _observe(core, name, call, data, context) if core.observer.active else None
         try:
-            if method.counted:
+            _check(core, name, method, len(data))
+            if method.admits(len(data)):
                 _admit(core, context, call, len(data))
             request = method.parse(data)
             if observed is None:
@@ -85,6 +86,14 @@ def _observe(
     if not context.add_callback(observed.finish):
         observed.finish()
     return observed
+
+
+def _check(core: InferenceCore, name: str, method: Method, size: int) -> None:
+    """Refuse a request for what is known without parsing it."""
+    if size > method.largest:
+        raise InvalidArgumentError(f"{name}: the request has {size} bytes, expected {method.largest} at most")
+    if method.check is not None:
+        method.check(core)
 
 
 def _admit(core: InferenceCore, context: grpc.ServicerContext, call: Call, size: int) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
-import signal
 import socket
-import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -15,13 +13,9 @@ from grpc_health.v1 import health, health_pb2_grpc
 
 from serve.core import InferenceCore
 from serve.errors import ModelLoadError
-from serve.flags import parse_server_settings
 from serve.model_repository.repository import MOST_CHANGES, Repository
-from serve.observability.log_settings import configure_logging
 from serve.observability.metrics import start_metrics_server
-from serve.process import take_short_turns
 from serve.rpc.servicer import SERVICE
-from serve.settings import SettingsError
 from serve.transport.channel_options import channel_options
 from serve.transport.connections import hang_up
 from serve.transport.handlers import method_handlers
@@ -30,8 +24,6 @@ from serve.transport.reflection import MOST_REFLECTIONS, add_reflection
 from serve.transport.security import Security
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from serve.observability.log_settings import LogSettings
     from serve.observability.metrics import MetricsServer
     from serve.settings import ServerSettings
@@ -42,7 +34,6 @@ logger = logging.getLogger(__name__)
 _SPARE_THREADS = 4
 _LEAST_REQUEST_LIMIT = 64 << 20
 _MESSAGE_SLACK = 1 << 20
-_USAGE_ERROR = 2
 # For the last status of a stream to get onto the wire.
 _LAST_STATUS_SECONDS = 1.0
 
@@ -158,11 +149,14 @@ def _require_free(flag: str, address: str, port: int) -> None:
     try:
         socket.create_server((address, port), family=family).close()
     except OSError as error:
-        where = _host_port(address, port)
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            flag = flag.replace("-port", "-address")
+        where = host_port(address, port)
         raise OSError(f"{where} ({flag}) can't be had: {error.strerror or error}") from error
 
 
-def _host_port(address: str, port: int) -> str:
+def host_port(address: str, port: int) -> str:
+    """An address as clients write it."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
@@ -170,62 +164,3 @@ def _largest_request(repository: Repository) -> int:
     """Bytes of the largest request that the models' declared shapes allow, and slack for the rest of it."""
     largest = max((version.config.request_bytes for version in repository), default=0)
     return max(largest + _MESSAGE_SLACK, _LEAST_REQUEST_LIMIT)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """`onnxedge serve`: serve until SIGTERM or SIGINT; 0 when every request in flight was answered."""
-    try:
-        settings, warnings = parse_server_settings(arguments)
-        log = configure_logging(settings)
-        server = Server(settings, log)
-    except SettingsError as error:
-        print(f"onnxedge serve: {error}", file=sys.stderr)
-        return _USAGE_ERROR
-    for warning in warnings:
-        logger.warning("%s", warning)
-    take_short_turns()
-    wait_for_stop = _on_signals()
-    signal.signal(signal.SIGHUP, lambda *_: server.reopen_logs())
-    try:
-        server.start()
-    except (ModelLoadError, OSError, RuntimeError) as error:
-        logger.error("cannot start: %s", error)  # noqa: TRY400 - the message says it all
-        return 1
-    _announce(server, settings)
-    wait_for_stop()
-    logger.info("stopping: requests in flight get up to %d s", settings.exit_timeout_secs)
-    return 0 if server.stop() else 1
-
-
-def _on_signals() -> Callable[[], None]:
-    """Take SIGTERM and SIGINT; what is returned waits for the first. The second ends the process at once.
-
-    As process 1 of a container, Python would ignore both. The kernel may hand a signal to any thread, and
-    Python's handler runs in the main one, which a lock would keep asleep: while metrics were scraped, one
-    SIGTERM in four was lost. The wakeup descriptor gets a byte whichever thread it was.
-    """
-    stopping = threading.Event()
-    woken, signalled = socket.socketpair()
-    signalled.setblocking(False)  # noqa: FBT003 - its only parameter
-    signal.set_wakeup_fd(signalled.fileno(), warn_on_full_buffer=False)
-
-    def stop(number: int, _frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        stopping.set()
-
-    def wait() -> None:
-        with woken, signalled:
-            while not stopping.is_set():
-                woken.recv(64)
-            signal.set_wakeup_fd(-1)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    return wait
-
-
-def _announce(server: Server, settings: ServerSettings) -> None:
-    print(server.report(), file=sys.stderr, flush=True)
-    if settings.allow_metrics:
-        logger.info("metrics at http://%s/metrics", _host_port(settings.metrics_address, server.metrics_port))
-    logger.info("SERVING: gRPC at %s", _host_port(settings.grpc_address, server.grpc_port))

@@ -158,6 +158,60 @@ def test_large_request_takes_the_path_without_copies() -> None:
 def test_a_flood_of_empty_submessages_is_refused_before_it_is_parsed() -> None:
     with pytest.raises(InvalidArgumentError, match="4096 top-level fields"):
         codec.decode_infer_request(b"\x2a\x00" * codec.SPLIT_FROM_BYTES)
+    with pytest.raises(InvalidArgumentError, match="4096 top-level fields"):
+        codec.parse_bounded(pb.RepositoryModelLoadRequest)(b"\x1a\x00" * (wire.MAX_FIELDS + 1))
+    assert codec.parse_bounded(pb.RepositoryModelLoadRequest)(b"\x1a\x00" * wire.MAX_FIELDS).parameters
+
+
+def typed(elements: int) -> bytes:
+    """A request with a vector of zeros as typed contents, a byte each."""
+    message = request(datatype="INT64", shape=[elements])
+    message.inputs[0].contents.int64_contents.extend(bytes(elements))
+    return message.SerializeToString()
+
+
+def test_typed_contents_are_bounded_before_they_are_parsed() -> None:
+    fitting = wire.MAX_HEAD_BYTES - 64
+    decoded = codec.decode_infer_request(typed(fitting)).inputs[0].array
+    assert decoded.shape == (fitting,)
+    with pytest.raises(InvalidArgumentError, match="8388608 at most: send tensors as raw_input_contents"):
+        codec.decode_infer_request(typed(wire.MAX_HEAD_BYTES))
+    assert not codec.request_id(typed(wire.MAX_HEAD_BYTES))
+
+
+def test_raw_contents_may_be_larger_than_what_is_beside_them() -> None:
+    message = request(datatype="UINT8", shape=[wire.MAX_HEAD_BYTES])
+    message.raw_input_contents.append(bytes(wire.MAX_HEAD_BYTES))
+    decoded = codec.decode_infer_request(message.SerializeToString())
+    assert decoded.inputs[0].array.nbytes == wire.MAX_HEAD_BYTES
+
+
+def test_parameters_of_an_input_are_bounded_before_they_are_parsed() -> None:
+    flood = b"\x22\x00" * (wire.MAX_HEAD_BYTES // 2)
+    with pytest.raises(InvalidArgumentError, match="beside raw_input_contents"):
+        codec.decode_infer_request(b"\x2a" + wire.write_varint(len(flood)) + flood)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_elements_of_all_bytes_inputs_together_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, *, raw: bool
+) -> None:
+    monkeypatch.setattr(tensor_codec, "MAX_BYTES_ELEMENTS", 6)
+
+    def texts(*counts: int) -> bytes:
+        message = pb.ModelInferRequest(model_name="m")
+        for i, count in enumerate(counts):
+            tensor = message.inputs.add(name=str(i), datatype="BYTES", shape=[count])
+            if raw:
+                message.raw_input_contents.append(bytes(4 * count))
+            else:
+                tensor.contents.bytes_contents.extend([b""] * count)
+        return message.SerializeToString()
+
+    assert [t.array.size for t in codec.decode_infer_request(texts(2, 4)).inputs] == [2, 4]
+    for counts, name in [((7,), "0"), ((3, 4), "1"), ((2, 2, 2, 1), "3")]:
+        with pytest.raises(InvalidArgumentError, match=f"input '{name}': expected 6 BYTES elements at most"):
+            codec.decode_infer_request(texts(*counts))
 
 
 @pytest.mark.parametrize("name", ["INT8", "INT16", "UINT8", "UINT16"])
@@ -176,7 +230,13 @@ def test_narrow_types_take_the_low_bytes_of_each_element(name: str) -> None:
         (request(raw_input_contents=[b"123"]), "expected 4 bytes for FP32 [1], got 3"),
         (request(), "neither raw_input_contents[0] nor contents"),
         (request(shape=[-1], raw_input_contents=[b""]), "negative dimension"),
-        (request(datatype="BYTES", raw_input_contents=[b"\x01\x00"]), "2 of its length's 4 bytes"),
+        (
+            request(datatype="BYTES", shape=[2], raw_input_contents=[b"\x02\x00\x00\x00ab\x01\x00"]),
+            "element 1 has 2 of its length's 4 bytes",
+        ),
+        (request(datatype="BYTES", raw_input_contents=[b"\x01\x00"]), "at least 4 bytes, got 2"),
+        (request(datatype="BYTES", shape=[2**40, 2**40], raw_input_contents=[bytes(8)]), "at least"),
+        (request(shape=[127] * 100_000, raw_input_contents=[b"1234"]), "expected 64 dimensions at most"),
         (request(datatype="BYTES", raw_input_contents=[b"\x05\x00\x00\x00abc"]), "2 bytes past the data"),
         (request(datatype="BYTES", raw_input_contents=[b""]), "expected 1 BYTES elements"),
         (request(datatype="BYTES", raw_input_contents=[bytes(8)]), "got more"),

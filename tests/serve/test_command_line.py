@@ -233,3 +233,29 @@ def test_infer_says_what_is_wrong(
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--trace-file=t.json", "write --trace-config=triton,file=FILE"),
+        ("--model-repository=s3://bucket/models", "object stores are not supported"),
+    ],
+)
+def test_flags_of_triton_that_are_written_otherwise_say_how(flag: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse(flag)
+
+
+def test_old_and_short_forms_of_tritons_flags(tmp_path: Path) -> None:
+    repository = f"--model-repository={tmp_path}"
+    assert parse(repository, "--strict-model-config=true").disable_auto_complete_config
+    assert not parse(repository, "--strict-model-config=false").disable_auto_complete_config
+    levels = {"--log-verbose": 1, "--log-verbose=true": 1, "--log-verbose=false": 0, "--log-verbose=2": 2}
+    assert {flag: parse(repository, flag).log_verbose for flag in levels} == levels
+
+
+def test_an_address_that_is_not_this_machines_is_named(repository: Path) -> None:
+    ended = onnxedge("serve", "--model-repository", repository, "--grpc-address=203.0.113.1", "--grpc-port=0")
+    assert ended.returncode == 1
+    assert "203.0.113.1:0 (--grpc-address) can't be had" in ended.stderr

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import signal
+import struct
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +26,15 @@ if TYPE_CHECKING:
     from tests.conftest import RunningServer
 
 ROUNDS = 4
+ROOT = Path(__file__).parents[2]
+ENDLESS = """
+model_warmup {
+  name: "days" batch_size: 1
+  inputs { key: "n" value { data_type: TYPE_INT64 input_data_file: "n" } }
+}
+"""
+# Plenty: by then it computes.
+SECONDS_OF_IMPORTS = 3.0
 
 
 @pytest.fixture
@@ -136,3 +148,22 @@ def _until_gone(temporary: Path) -> None:
     while left := processes_of(temporary):
         assert time.monotonic() < end, left
         time.sleep(0.05)
+
+
+def test_sigterm_ends_a_server_that_is_still_loading(tmp_path: Path) -> None:
+    write_model(tmp_path / "endless", slow())
+    (tmp_path / "endless" / "config.pbtxt").write_text(ENDLESS)
+    (tmp_path / "endless" / "warmup").mkdir()
+    (tmp_path / "endless" / "warmup" / "n").write_bytes(struct.pack("<q", 10**9))
+    flags = (f"--model-repository={tmp_path}", "--grpc-port=0", "--allow-metrics=false")
+    with subprocess.Popen(
+        [sys.executable, "-m", "serve", "serve", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        end = time.monotonic() + 60
+        # Linux: the clock of another process's CPU time.
+        while time.clock_gettime((~process.pid << 3) | 2) < SECONDS_OF_IMPORTS:
+            assert time.monotonic() < end
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 1
+        assert "stopped while models were being loaded" in process.stderr.read()

@@ -238,6 +238,7 @@ def test_an_override_is_a_config_and_files() -> None:
         ({"config": '{"nonsense": 1}'}, 'no field named "nonsense"'),
         ({"config": '{"max_batch_size": "lots"}'}, "max_batch_size"),
         ({"config": '{"input":' + "[" * 100_000}, "expected a ModelConfig as JSON"),
+        ({"config": '{"input":' + "[]," * 1_000_000}, "1048576 at most"),
         ({"file:1/model.onnx": b""}, "'config' is missing"),
         *(
             ({"config": "{}", key: b""}, "expected 'file:VERSION/NAME'")

@@ -122,7 +122,8 @@ def test_changes_take_effect_at_once(talkative: tuple[RunningServer, dict[str, A
     assert len(shown) == 1
     assert ISO8601.fullmatch(shown[0].rstrip("\n"))
     assert "never shown" not in "".join(lines)
-    assert DEFAULT.fullmatch(lines[-1].rstrip("\n")), "the log was switched on again at the end"
+    stopping = next(line for line in lines if "stopping: " in line)
+    assert DEFAULT.fullmatch(stopping.rstrip("\n")), "the log was switched on again at the end"
 
 
 def test_the_log_can_go_to_a_file_that_is_rotated(

@@ -11,6 +11,7 @@ from serve.errors import ModelLoadError
 from serve.model.config_pbtxt import read_config, select_versions
 from serve.model.model_config import ModelConfig, resolve
 from serve.pb import model_config_pb2 as pb
+from serve.runtime.backend_config import session_settings
 from serve.runtime.session import GraphTensor
 
 if TYPE_CHECKING:
@@ -90,7 +91,10 @@ def test_a_tensor_that_the_protocol_cannot_carry_is_refused() -> None:
         ("ensemble_scheduling { max_inflight_requests: 1 }", "field 'ensemble_scheduling' is not supported"),
         ('input { name: "x" optional: true }', "field 'input.optional' is not supported"),
         ("input { allow_ragged_batch: true }", "field 'input.allow_ragged_batch' is not supported"),
-        ('parameters { key: "FOO" value { string_value: "1" } }', "parameter 'FOO' is not supported"),
+        (
+            'parameters { key: "intra_op_thread_coun" value { string_value: "1" } }',
+            "'intra_op_thread_coun' is unknown: did you mean 'intra_op_thread_count'",
+        ),
         ('name: "other"', "name is 'other', expected 'm'"),
         ('backend: "python"', "backend is 'python', expected 'onnxruntime'"),
         ('platform: "tensorrt_plan"', "platform is 'tensorrt_plan'"),
@@ -115,6 +119,22 @@ def test_a_config_that_is_not_understood_is_refused_by_field(tmp_path: Path, tex
 )
 def test_version_policy(policy: str, expected: list[int]) -> None:
     assert select_versions(parsed(policy), [10, 1, 2]) == expected
+
+
+def test_of_the_specific_versions_those_that_are_there_are_served() -> None:
+    policy = parsed("version_policy { specific { versions: [3, 1] } }")
+    assert select_versions(policy, [1, 2]) == [1]
+
+
+def test_an_unknown_parameter_is_somebodys_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read(tmp_path / "m", 'parameters { key: "made_by" value { string_value: "me" } }')
+    assert "parameter 'made_by' has no effect" in caplog.text
+
+
+def test_more_instances_than_make_sense_are_refused() -> None:
+    message = parsed("instance_group { count: 60 } instance_group { count: 5 }")
+    with pytest.raises(ModelLoadError, match="count of 65, expected 64 at most"):
+        session_settings(message, {}, 2)
 
 
 def test_a_specific_version_that_is_missing_is_named() -> None:

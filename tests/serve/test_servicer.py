@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,13 +14,16 @@ from serve.core import InferenceCore
 from serve.errors import ServeError
 from serve.model_repository.repository import Repository
 from serve.pb import grpc_service_pb2 as pb
+from serve.protocol import wire
 from serve.request import Call
-from serve.rpc.servicer import METHODS, RPCS, STREAM
+from serve.rpc.servicer import LARGEST, METHODS, RPCS, SERVICE, STREAM
 from serve.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from tests.conftest import RunningServer
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,49 @@ def test_any_bytes_are_answered_or_refused_with_a_code(core: InferenceCore, name
         refusals = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"}
         switched_off = error.code == "UNAVAILABLE" and name.startswith(("RepositoryModel", "SystemShared"))
         assert error.code in refusals or switched_off or "while running Gather" in str(error)  # noqa: PT017 - either outcome is right
+
+
+def call(url: str, name: str, data: bytes) -> tuple[str, str]:
+    """An RPC's status and its message."""
+    with grpc.insecure_channel(url, options=[("grpc.max_send_message_length", -1)]) as channel:
+        rpc: Callable[..., bytes] = channel.unary_unary(f"/{SERVICE}/{name}")
+        try:
+            rpc(data, timeout=30)
+        except grpc.RpcError as error:
+            return error.code().name, error.details() or ""
+    return "OK", ""
+
+
+@pytest.fixture(scope="module")
+def explicit(serve: Callable[..., RunningServer], repository: Path) -> str:
+    return serve("--model-repository", repository, "--model-control-mode=explicit").url
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_only_rpcs_that_carry_tensors_or_files_take_large_requests(explicit: str, name: str) -> None:
+    unknown = b"\xfa\x07" + wire.write_varint(LARGEST)  # field 127
+    code, text = call(explicit, name, unknown + bytes(LARGEST))
+    assert (code == "INVALID_ARGUMENT" and text.endswith("expected 1048576 at most")) == (
+        name not in {"ModelInfer", "RepositoryModelLoad"}
+    )
+
+
+def test_a_load_has_a_bounded_number_of_fields(explicit: str) -> None:
+    code, text = call(explicit, "RepositoryModelLoad", b"\x1a\x00" * 10_000)
+    assert (code, "4096 top-level fields" in text) == ("INVALID_ARGUMENT", True)
+
+
+def test_a_load_that_is_not_allowed_is_refused_unread(
+    serve: Callable[..., RunningServer], repository: Path
+) -> None:
+    code, text = call(serve("--model-repository", repository).url, "RepositoryModelLoad", b"\xff" * 100)
+    assert (code, "model control mode is not explicit" in text) == ("UNAVAILABLE", True)
+
+
+def test_a_load_counts_in_admission_where_it_brings_files() -> None:
+    assert METHODS["ModelInfer"].admits(1)
+    assert not METHODS["RepositoryModelLoad"].admits(LARGEST)
+    assert METHODS["RepositoryModelLoad"].admits(LARGEST + 1)
 
 
 def test_every_method_of_the_protocol_is_there() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -21,7 +22,9 @@ from serve.errors import ServeError, UnavailableError
 from serve.model_repository.repository import Repository
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb import grpc_service_pb2_grpc as rpc
+from serve.rpc import infer_stream, stream
 from serve.rpc.infer_stream import MAX_PENDING
+from serve.rpc.stream import Streams
 from serve.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -82,10 +85,11 @@ class Client:
     """What a transport would carry: requests that are taken one by one, and the answers to them."""
 
     def __init__(self, core: InferenceCore, metadata: tuple[tuple[str, str], ...] = ()) -> None:
-        self.taken = 0
+        self.asked = self.taken = 0
+        self.cancelled = threading.Event()
         self._sent: queue.Queue[bytes | None] = queue.Queue()
         self._vanished = False
-        self.stream = core.streams.open(core, None, "peer", metadata)
+        self.stream = core.streams.open(core, None, "peer", metadata, self.cancelled.set)
         self._answers = self.stream.answers(self)
 
     def send(self, *messages: pb.ModelInferRequest | bytes) -> None:
@@ -112,6 +116,7 @@ class Client:
         return self
 
     def __next__(self) -> bytes:
+        self.asked += 1
         data = self._sent.get()
         if data is None:
             if self._vanished:
@@ -170,7 +175,7 @@ def test_every_answer_is_the_final_one_of_its_request(core: InferenceCore) -> No
 def test_several_requests_of_a_stream_are_in_the_server_at_once(core: InferenceCore) -> None:
     client = Client(core)
     answers = in_background(client.rest)
-    client.send(slow(LONG), scaled(1), scaled(2))
+    client.send(slow(LONG), slow(LONG), slow(LONG))
     eventually(lambda: client.taken == 3 and core.admission.inflight == 3)
     client.vanish()
     assert len(answers.result(30)) <= 1
@@ -209,7 +214,7 @@ def test_a_client_that_does_not_read_is_not_read_from(core: InferenceCore) -> No
     client.half_close()
     assert client.receive().infer_response.id == "0"
     eventually(lambda: client.taken == MAX_PENDING)
-    assert core.admission.inflight == MAX_PENDING
+    eventually(lambda: core.admission.inflight == 0)
     assert client.receive().infer_response.id == "1"
     eventually(lambda: client.taken == MAX_PENDING + 1)
     assert [answer.infer_response.id for answer in client.rest()] == [
@@ -220,16 +225,68 @@ def test_a_client_that_does_not_read_is_not_read_from(core: InferenceCore) -> No
 
 def test_a_full_server_says_so_in_band(repository: Path) -> None:
     core = make_core(repository, max_inflight_requests=2)
-    client = Client(core)
-    client.send(scaled(0, "a"), scaled(1, "b"), scaled(2, "c"))
-    assert client.receive().infer_response.id == "a"
-    eventually(lambda: client.taken == 3)
-    client.half_close()
-    (answered, refused) = client.rest()
-    assert not answered.error_message
+    busy, client = Client(core), Client(core)
+    answer = in_background(busy.receive)
+    busy.send(slow(LONG), slow(LONG))
+    eventually(lambda: core.admission.inflight == 2)
+    client.send(scaled(2, "c"))
+    refused = client.receive()
     assert (refused.infer_response.id, "in flight" in refused.error_message) == ("c", True)
-    assert core.admission.inflight == 0
+    busy.vanish()
+    assert "cancelled" in answer.result(30).error_message
+    eventually(lambda: core.admission.inflight == 0)
+    client.send(scaled(2, "d"))
+    client.half_close()
+    assert not client.rest()[0].error_message
     core.close()
+
+
+def test_while_many_answers_are_unread_a_stream_takes_one_request_at_a_time(core: InferenceCore) -> None:
+    core.streams.unwritten.add(1 << 60)
+    client = Client(core)
+    client.send(*(scaled(i, str(i)) for i in range(5)))
+    client.half_close()
+    for i in range(3):
+        assert client.receive().infer_response.id == str(i)
+        assert client.taken == i + 1
+    core.streams.unwritten.add(-(1 << 60))
+    assert len(client.rest()) == 2
+    assert not core.streams.unwritten.full
+
+
+def test_what_clients_leave_unread_is_counted_until_it_is_written_or_given_up(repository: Path) -> None:
+    unwritten = Streams(1, byte_limit=16).unwritten
+    core = make_core(repository)
+    core.streams.unwritten = unwritten
+    for end in (Client.rest, Client.vanish):
+        client = Client(core)
+        client.send(scaled(1), scaled(2))
+        client.receive()
+        eventually(lambda: unwritten.full)  # 16 bytes an answer
+        client.half_close()
+        end(client)
+        eventually(lambda: not unwritten.full and core.admission.inflight == 0)
+    core.close()
+
+
+def test_a_client_that_reads_nothing_for_long_loses_its_stream(
+    core: InferenceCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infer_stream, "LONGEST_WRITE_SECONDS", 0.0)
+    monkeypatch.setattr(stream, "WATCH_SECONDS", 0.01)
+    idle, unread = Client(core), Client(core)
+    answer = in_background(idle.receive)
+    unread.send(scaled(1), scaled(2), slow(LONG))
+    assert unread.receive().infer_response.model_name == "versions"
+    assert unread.cancelled.wait(30)
+    eventually(lambda: len(core.streams) == 1 and core.admission.inflight == 0)
+    assert unread.rest() == []
+    unread.vanish()
+    assert not idle.cancelled.is_set()
+    idle.send(scaled(3))
+    assert first_value(answer.result(30)) == 6
+    idle.vanish()
+    eventually(lambda: readers() == 0)
 
 
 def test_a_client_that_vanishes_leaves_nothing_behind(core: InferenceCore) -> None:
@@ -270,7 +327,7 @@ def test_a_drain_ends_idle_streams_at_once_and_busy_ones_when_they_are_answered(
     ended = in_background(idle.rest)
     busy.send(slow(2000, "a"))
     answer = in_background(busy.receive)
-    eventually(lambda: core.admission.inflight == 1)
+    eventually(lambda: core.admission.inflight == 1 and busy.asked == 2)
     core.streams.drain()
     closed = in_background(lambda: core.admission.close(30))
     with pytest.raises(UnavailableError, match="shutting down"):
@@ -391,6 +448,49 @@ def test_too_many_streams_are_refused_at_once(repository: Path, serve: Callable[
         assert [list(call) for call in calls] == [[], []]
         eventually(lambda: bool(opened(stub)))
     server.stop()
+
+
+def test_clients_that_do_not_read_keep_nobody_out(
+    repository: Path, serve: Callable[..., RunningServer]
+) -> None:
+    server = serve("--model-repository", repository, "--max-inflight-requests=16", "--exit-timeout-secs=60")
+    over = threading.Event()
+    asked = [0] * 5
+
+    def requests(i: int) -> Iterator[pb.ModelInferRequest]:
+        while not over.is_set():
+            asked[i] += 1
+            yield request("identity_fp32", "x", "FP32", np.zeros((1, 1000), np.float32))
+
+    def answered() -> bool:
+        try:
+            stub.ModelInfer(scaled(1), timeout=5)
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE  # noqa: PT017 - any other is a failure
+            return False
+        return True
+
+    with grpc.insecure_channel(server.url) as channel, contextlib.ExitStack() as channels:
+        stub = rpc.GRPCInferenceServiceStub(channel)
+        for i in range(5):
+            own = grpc.insecure_channel(server.url, [("grpc.use_local_subchannel_pool", 1)])
+            unread = rpc.GRPCInferenceServiceStub(channels.enter_context(own))
+            call = unread.ModelStreamInfer(requests(i))
+            channels.callback(call.cancel)
+        eventually(lambda: settled(asked))
+        eventually(answered)
+        assert all(answered() for _ in range(20))
+        over.set()
+        started = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - started < 30
+
+
+def settled(counts: list[int]) -> bool:
+    """Whether all of them have begun and none has grown for a while."""
+    before = list(counts)
+    time.sleep(0.3)
+    return min(before) > MAX_PENDING and counts == before
 
 
 def opened(stub: Any) -> list[Any]:

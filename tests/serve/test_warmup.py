@@ -341,7 +341,7 @@ def test_controls_and_states_are_filled_in(tmp_path: Path) -> None:
     assert len(model.fed) == 1
     assert model.fed[0].keys() == {"x", "start", "state"}
     assert model.fed[0]["start"].tolist() == [[1], [1]]
-    assert found.reason == "sequences are not measured"
+    assert found.reason.startswith("not measured: runs are made of")
 
 
 def test_a_sample_may_state_controls_itself(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from serve.observability.occasionally import Occasionally
 from serve.transport.security.protocol_groups import GROUP_OF
 from serve.transport.security.tokens import bearer_token
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from serve.transport.security.tokens import Tokens
 
 logger = logging.getLogger(__name__)
+_occasionally = Occasionally(logger)
 
 
 class AccessInterceptor(grpc.ServerInterceptor):
@@ -72,7 +74,7 @@ def _refusal(code: grpc.StatusCode, details: str) -> grpc.RpcMethodHandler[Any, 
     """A handler for calls of any arity: it ends them without reading a message."""
 
     def refuse(_requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        logger.debug("refused %s: %s: %s", context.peer(), code.name, details)
+        _occasionally.warn(f"refused {context.peer()}: {code.name}: {details}")
         context.abort(code, details)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
