@@ -17,7 +17,7 @@ _LEAST_BUDGET = 64 << 20
 
 
 class Admission:
-    """Counts requests from their receipt until their answer is on the wire.
+    """Counts requests from their receipt until their answer is on the wire, a stream's until it is made.
 
     A bound here keeps goodput at capacity under overload: with an unbounded queue it falls to 10 %, because
     the server works for clients that have already given up.

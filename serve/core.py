@@ -45,7 +45,7 @@ class InferenceCore:
         self.repository = repository
         self.admission = Admission(settings.max_inflight_requests, settings.max_inflight_bytes)
         self.shared_memory = SharedMemory(allow=settings.allow_client_shm, prefix=settings.client_shm_prefix)
-        self.streams = Streams(settings.max_streams)
+        self.streams = Streams(settings.max_streams, settings.max_inflight_bytes)
         self.log = log or LogSettings(settings)
         self.tracer = Tracer(settings.trace_config)
         self.access_log = AccessLog(settings.access_log) if settings.access_log else None

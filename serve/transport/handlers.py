@@ -68,7 +68,9 @@ def _stream(core: InferenceCore) -> Callable[[Iterator[bytes], grpc.ServicerCont
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
         try:
-            stream = core.streams.open(core, deadline, context.peer(), context.invocation_metadata())
+            stream = core.streams.open(
+                core, deadline, context.peer(), context.invocation_metadata(), context.cancel
+            )
             if context.add_callback(stream.close):
                 yield from stream.answers(requests)
             else:

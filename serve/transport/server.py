@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -94,8 +95,10 @@ class Server:
         """
         self._health.enter_graceful_shutdown()
         self._core.streams.drain()
+        end = time.monotonic() + self._settings.exit_timeout_secs
         drained = self._core.admission.close(self._settings.exit_timeout_secs)
-        self._core.streams.wait(_LAST_STATUS_SECONDS)
+        # Answers that a stream's client has yet to take hold no place in the admission.
+        self._core.streams.wait(max(end - time.monotonic(), _LAST_STATUS_SECONDS))
         # New calls are refused by now; gRPC's stop alone would reset those that race with it, which their
         # clients see as CANCELLED. Watch and reflection streams never end by themselves and get no grace.
         hang_up(self.grpc_port, _LAST_STATUS_SECONDS)
