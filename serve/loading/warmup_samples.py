@@ -10,6 +10,7 @@ import numpy as np
 
 from serve.errors import InvalidArgumentError, ModelLoadError, ServeError
 from serve.model.implicit_state import warm_up_inputs
+from serve.model.tensor_file import MAX_BYTES, read_file, read_tensor
 from serve.pb import model_config_pb2 as pb
 from serve.protocol.datatypes import BY_CONFIG_NAME, DATATYPES
 from serve.protocol.tensor_codec import decode_tensor
@@ -26,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "warmup"
 MAX_COUNT = 10_000
-MAX_SAMPLE_BYTES = 1 << 30
-"""Of one input; a config may come over the wire."""
 
 _ANY_IMAGE = (224, 224)  # where the graph takes any size
 
@@ -113,10 +112,10 @@ def _row(what: str, name: str, stated: pb.ModelWarmup.Input, config: ModelConfig
 def _check_size(what: str, stated: pb.ModelWarmup.Input, rows: int) -> None:
     """Before anything of that size is made."""
     itemsize = np.float64().itemsize
-    if any(size < 0 for size in stated.dims) or math.prod(stated.dims) * itemsize * rows > MAX_SAMPLE_BYTES:
+    if any(size < 0 for size in stated.dims) or math.prod(stated.dims) * itemsize * rows > MAX_BYTES:
         raise ModelLoadError(
             f"{what}: dims are {list(stated.dims)}, expected sizes of 0 or more, of at most "
-            f"{MAX_SAMPLE_BYTES // itemsize} elements in all {rows} rows"
+            f"{MAX_BYTES // itemsize} elements in all {rows} rows"
         )
 
 
@@ -132,7 +131,8 @@ def _data(
     """A sample's own shape and datatype, without a batch axis."""
     source = stated.WhichOneof("input_data_type")
     if source == "input_data_file":
-        return _from_file(what, stated.input_data_file, shape, datatype, folder)
+        field = f"{what}: input_data_file"
+        return read_tensor(field, folder / FOLDER, stated.input_data_file, datatype, shape)
     if source is None:
         raise ModelLoadError(f"{what}: expected zero_data, random_data or input_data_file")
     if datatype.name == "BYTES":
@@ -151,45 +151,12 @@ def _random(shape: tuple[int, ...], datatype: DataType) -> np.ndarray:
     return np.asarray(generator.integers(0, highest, shape, endpoint=True)).astype(datatype.dtype)
 
 
-def _read(what: str, filename: str, folder: Path, most: int) -> bytes:
-    root = (folder / FOLDER).resolve()
-    path = (root / filename).resolve()
-    if not (root.is_relative_to(folder.resolve()) and path.is_relative_to(root) and path.is_file()):
-        raise ModelLoadError(
-            f"{what}: input_data_file is {filename!r}, expected a file in the folder {FOLDER}/"
-        )
-    with path.open("rb") as stream:
-        return stream.read(most)
-
-
-def _from_file(
-    what: str, filename: str, shape: tuple[int, ...], datatype: DataType, folder: Path
-) -> np.ndarray:
-    """The raw data of one row, as on the wire; of a file that is too long the first bytes, as in Triton."""
-    expected = math.prod(shape) * datatype.itemsize
-    data = _read(what, filename, folder, expected if datatype.itemsize else MAX_SAMPLE_BYTES)
-    if len(data) < expected:
-        raise ModelLoadError(f"{what}: {filename} has {len(data)} bytes, expected {expected}")
-    try:
-        array = decode_tensor(filename, datatype, shape, data)
-        return array if datatype.itemsize else _texts(array)
-    except (InvalidArgumentError, UnicodeDecodeError) as error:
-        raise ModelLoadError(f"{what}: {error}") from error
-
-
-def _texts(elements: np.ndarray) -> np.ndarray:
-    """An array of `bytes` as onnxruntime takes it, of `str`."""
-    texts = np.empty(elements.size, object)
-    texts[:] = [element.decode() for element in elements.flat]
-    return texts.reshape(elements.shape)
-
-
 def _image(what: str, encoded: EncodedImage, stated: pb.ModelWarmup.Input, folder: Path) -> np.ndarray:
     """Pixels [1, height, width, channels]: of the sample's file, as clients send it, else black ones."""
     if stated.WhichOneof("input_data_type") != "input_data_file":
         height, width = encoded.size or _ANY_IMAGE
         return np.zeros((1, height, width, encoded.channels), np.uint8)
-    data = _read(what, stated.input_data_file, folder, MAX_SAMPLE_BYTES)
+    data = read_file(f"{what}: input_data_file", folder / FOLDER, stated.input_data_file)
     try:
         return encoded.decode(decode_tensor(stated.input_data_file, DATATYPES["BYTES"], (1,), data))
     except InvalidArgumentError as error:

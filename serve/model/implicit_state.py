@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serve.errors import InternalError, InvalidArgumentError, ModelLoadError
-from serve.protocol.tensor_codec import decode_tensor
+from serve.errors import InternalError, ModelLoadError
+from serve.model.tensor_file import MAX_BYTES, read_tensor
 from serve.scheduling.live_sequences import LiveSequence, SequenceStep
 from serve.scheduling.sequence_config import SequenceSettings
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from serve.scheduling.sequence_config import ControlInput, StateTensor
 
 INITIAL_STATE_FOLDER = "initial_state"
-_MAX_STATE_BYTES = 1 << 30  # of one sequence's one state; a config may come over the wire
 
 
 def hidden_inputs(message: pb.ModelConfig) -> set[str]:
@@ -233,39 +232,14 @@ def _check(
 
 def _initial_state(state: StateTensor, folder: Path) -> np.ndarray:
     size = math.prod(state.initial_dims) * max(1, state.datatype.itemsize)
-    if size > _MAX_STATE_BYTES:
+    if size > MAX_BYTES:
         raise ModelLoadError(
-            f"config.pbtxt: state '{state.input_name}' has {size} bytes, expected {_MAX_STATE_BYTES} at most"
+            f"config.pbtxt: state '{state.input_name}' has {size} bytes, expected {MAX_BYTES} at most"
         )
     if state.initial_file:
-        return _read_state(state, folder)
+        what = f"config.pbtxt: state '{state.input_name}': initial_state.data_file"
+        root = folder / INITIAL_STATE_FOLDER
+        return read_tensor(what, root, state.initial_file, state.datatype, state.initial_dims)
     if state.datatype.name == "BYTES":
         return np.full(state.initial_dims, "", object)
     return np.zeros(state.initial_dims, state.datatype.dtype)
-
-
-def _read_state(state: StateTensor, folder: Path) -> np.ndarray:
-    """The raw data of a state's file, which must lie in the model's folder `initial_state`."""
-    root = (folder / INITIAL_STATE_FOLDER).resolve()
-    path = (root / state.initial_file).resolve()
-    what = f"state '{state.input_name}': initial_state.data_file {state.initial_file!r}"
-    if not (root.is_relative_to(folder.resolve()) and path.is_relative_to(root) and path.is_file()):
-        raise ModelLoadError(f"config.pbtxt: {what}: expected a file in the folder {INITIAL_STATE_FOLDER}/")
-    expected = math.prod(state.initial_dims) * state.datatype.itemsize
-    with path.open("rb") as file:
-        # Triton takes the first bytes of a file that is too long.
-        data = file.read(expected or _MAX_STATE_BYTES)
-    if len(data) < expected:
-        raise ModelLoadError(f"config.pbtxt: {what} has {len(data)} bytes, expected {expected}")
-    try:
-        array = decode_tensor(state.input_name, state.datatype, state.initial_dims, data)
-        return array if expected else _texts(array)
-    except (InvalidArgumentError, UnicodeDecodeError) as error:
-        raise ModelLoadError(f"config.pbtxt: {what}: {error}") from error
-
-
-def _texts(elements: np.ndarray) -> np.ndarray:
-    """An array of `bytes` as onnxruntime takes it, of `str`."""
-    texts = np.empty(elements.size, object)
-    texts[:] = [element.decode() for element in elements.flat]
-    return texts.reshape(elements.shape)

@@ -9,6 +9,7 @@ import numpy as np
 
 from serve.errors import InternalError, InvalidArgumentError
 from serve.protocol.classification import classify
+from serve.protocol.tensor_codec import as_text
 from serve.request import RequestedOutput, Tensor
 
 if TYPE_CHECKING:
@@ -138,14 +139,11 @@ def _onnx_array(tensor: Tensor) -> np.ndarray:
     """The array as onnxruntime takes it: strings are `str` there.
 
     Raises:
-        InvalidArgumentError: a BYTES element is not UTF-8, the only text that a graph's string tensor holds.
+        InvalidArgumentError: a BYTES element is not UTF-8.
     """
     if tensor.datatype.name != "BYTES":
         return tensor.array
     try:
-        texts = [element.decode() for element in tensor.array.flat]
+        return as_text(tensor.array)
     except UnicodeDecodeError as error:
         raise InvalidArgumentError(f"input '{tensor.name}': the model takes UTF-8 text: {error}") from error
-    array = np.empty(tensor.array.size, dtype=object)
-    array[:] = texts
-    return array.reshape(tensor.array.shape)

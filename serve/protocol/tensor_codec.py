@@ -166,6 +166,17 @@ def decode_contents(name: str, datatype: DataType, shape: tuple[int, ...], conte
     return _reshape(name, wide.astype(datatype.dtype, copy=False), shape)
 
 
+def as_text(elements: np.ndarray) -> np.ndarray:
+    """An array of `bytes` as onnxruntime takes it: of `str`.
+
+    Raises:
+        UnicodeDecodeError: an element is not UTF-8, the only text that a graph's string tensor holds.
+    """
+    texts = np.empty(elements.size, dtype=object)
+    texts[:] = [element.decode() for element in elements.flat]
+    return texts.reshape(elements.shape)
+
+
 def encode_tensor(datatype: DataType, array: np.ndarray) -> Buffer:
     """An array as raw bytes: a view where its memory already is what the wire wants."""
     flat = array.reshape(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,11 +54,15 @@ def test_int8_against_fp32(exported: Exported) -> None:
 def test_command_line_prints_both_and_holds_the_tolerance(
     exported: Exported, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The entry stands for its default graph, which is the int8 one.
-    paths = [str(exported.version / "model.onnx"), str(exported.entry)]
+    # The entry stands for its default graph, the one that was faster when it was exported.
+    assert main([str(exported.version / "model.onnx"), str(exported.entry), "--tolerance", "10"]) == 0
+    default = re.search(r'default_model_filename: "(.*)"', (exported.entry / "config.pbtxt").read_text())
+    assert default is not None
+    assert f"B  {exported.version / default[1]}" in capsys.readouterr().out
+    paths = [str(exported.version / name) for name in ("model.onnx", "model_int8.onnx")]
     assert main([*paths, "--tolerance", "10"]) == 0
     printed = capsys.readouterr().out
-    assert f"B  {exported.version / 'model_int8.onnx'}" in printed
+    assert f"B  {paths[1]}" in printed
     for label in (
         "file",
         "parameters",
