@@ -72,7 +72,9 @@ class InferenceCore:
         Raises:
             NotFoundError, UnavailableError, InvalidArgumentError: as the model and the request demand.
         """
-        if request.shared_inputs or any(output.shared_memory for output in request.outputs):
+        if request.shared_inputs or (
+            request.outputs and any(output.shared_memory for output in request.outputs)
+        ):
             self.shared_memory.resolve(request)
         while True:
             version = self.repository.get(request.model_name, request.model_version)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
-from collections import deque
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,13 +15,13 @@ from serve.errors import (
     ServeError,
     UnavailableError,
 )
+from serve.model.answers import OrderedAnswers, give
 from serve.model.encoded_image import decode_pool
 from serve.model.implicit_state import ImplicitState
 from serve.model.request_check import check_request, rows_and_shape
 from serve.model.runner import Runner
 from serve.model.statistics import Statistics
 from serve.request import InferResponse
-from serve.scheduling.batcher import InOrder
 from serve.scheduling.choice import choose_scheduler, complete_scheduling
 from serve.scheduling.executor import Executor
 from serve.scheduling.scheduler import QueuedRequest
@@ -97,10 +94,7 @@ class ModelVersion:
         self._runner = Runner(config, session, states)
         self._may_batch = config.max_batch_size > 0
         ordered = config.message.dynamic_batching.preserve_ordering
-        self._in_order: InOrder | None = InOrder() if ordered else None
-        self._order_lock = threading.RLock()
-        self._released: deque[tuple[QueuedRequest, InferResponse | ServeError]] = deque()
-        self._releasing = False
+        self._ordered = OrderedAnswers() if ordered else None
         self._executor = Executor(
             f"{self.name}/{version}", instances, self._scheduler, self._answer, self._drop
         )
@@ -162,11 +156,12 @@ class ModelVersion:
             future.cancel()
         if self.config.encoded_image is not None:
             self._executor.reserve()
-            self._expect(queued)
+        if self._ordered is not None:
+            self._ordered.expect(queued)
+        if self.config.encoded_image is not None:
             call.leave_queue = partial(_forget_inputs, queued)
             decode_pool().submit(self._decode_and_enqueue, queued)
         else:
-            self._expect(queued)
             self._enqueue(queued, inline=inline)
         return future
 
@@ -174,11 +169,6 @@ class ModelVersion:
         """Answer what waits, then give the threads and the graph back."""
         self._executor.close()
         self._session.close()
-
-    def _expect(self, queued: QueuedRequest) -> None:
-        if self._in_order is not None:
-            with self._order_lock:
-                self._in_order.expect(queued)
 
     def _enqueue(self, queued: QueuedRequest, *, inline: bool) -> None:
         queued.call.queued_ns = time.monotonic_ns()
@@ -211,13 +201,10 @@ class ModelVersion:
 
     def _answer(self, batch: Sequence[QueuedRequest]) -> None:
         """Run a batch and settle each future, whatever happens."""
-        live = []
-        for queued in batch:
-            if queued.future.set_running_or_notify_cancel():
-                live.append(queued)
-            else:
-                self._settle(queued, CanceledError("the request was cancelled while it waited"), "CANCELED")
-        if not live:
+        live = [queued for queued in batch if self._is_live(queued)]
+        if len(live) == 1:
+            self._answer_alone(live[0])
+        if len(live) <= 1:
             return
         try:
             answers = self._runner.run(live)
@@ -227,6 +214,13 @@ class ModelVersion:
         self.statistics.record_run(sum(queued.rows for queued in live), [queued.call for queued in live])
         for queued, outputs in zip(live, answers, strict=True):
             self._settle(queued, InferResponse(self.name, str(self.version), queued.request.id, outputs))
+
+    def _is_live(self, queued: QueuedRequest) -> bool:
+        """Whether a request is still wanted; else it is settled."""
+        if queued.future.set_running_or_notify_cancel():
+            return True
+        self._settle(queued, CanceledError("the request was cancelled while it waited"), "CANCELED")
+        return False
 
     def _fail(self, batch: Sequence[QueuedRequest], error: Exception) -> None:
         """Answer a run that failed; of several requests each is run again alone, for one may be at fault."""
@@ -262,36 +256,18 @@ class ModelVersion:
         queued.call.leave_queue = None  # it refers to the request: a cycle would keep both until the next gc
         if failure is not None:
             self.statistics.record_failure(failure, queued.call.received_ns)
-        if queued.future.done():  # given up: nobody reads the answer, which may wait long for its turn
+        if (
+            queued.call.cancelled and queued.future.done()
+        ):  # given up: nobody reads the answer, which may wait long for its turn
             queued.request.inputs = ()
             if not isinstance(answer, ServeError):
                 answer = CanceledError("the request was cancelled while it ran")
-        if self._in_order is None:
-            _set(queued.future, answer)
-            return
-        with self._order_lock:
-            self._released.extend(self._in_order.finish(queued, answer))
-            if self._releasing:  # further up on this thread's stack, in a callback of a future: it goes on
-                return
-            self._releasing = True
-            try:
-                while self._released:
-                    ready, its_answer = self._released.popleft()
-                    _set(ready.future, its_answer)
-            finally:
-                self._releasing = False
+        if self._ordered is None:
+            give(queued.future, answer)
+        else:
+            self._ordered.give(queued, answer)
 
 
 def _forget_inputs(queued: QueuedRequest) -> None:
     """Let go of the files of a request that was cancelled while it waits to be decoded."""
     queued.request.inputs = ()
-
-
-def _set(future: Future[InferResponse], answer: InferResponse | ServeError) -> None:
-    with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
-        if isinstance(answer, ServeError):
-            # The frames of the traceback hold the request, which holds the future, which holds this.
-            answer.__traceback__ = answer.__cause__ = answer.__context__ = None
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)
