@@ -1,7 +1,7 @@
 """Ten times more requests than a server can answer, from an open loop with deadlines: what gets through.
 
-A graph of about 50 ms, one instance, at most `QUEUE` requests waiting; the client on one core, the server on
-any. Capacity is what a closed loop gets, goodput what the open one gets within its deadline.
+A graph of about 50 ms, one instance, at most `QUEUE` requests waiting; the server on one core, the client on
+another. Capacity is what a closed loop gets, goodput what the open one gets within its deadline.
 Run: make bench.
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
         write_model(Path(folder) / "slow", slow())
         (Path(folder) / "slow" / "config.pbtxt").write_text(CONFIG)
         flags = ["-m", "serve", "serve", f"--model-repository={folder}", "--grpc-port=0", "--metrics-port=0"]
-        process, port = start(flags, *cores)
+        process, port = start(flags, cores[0])
         results: list[tuple[Figures, Figures, float]] = []
         try:
             message = request("slow", n=np.array(multiplications(port, cores[-1]), np.int64))
