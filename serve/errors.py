@@ -55,12 +55,6 @@ class AlreadyExistsError(ServeError):
     code = "ALREADY_EXISTS"
 
 
-class UnauthenticatedError(ServeError):
-    """The request doesn't say who asks, or says it wrongly."""
-
-    code = "UNAUTHENTICATED"
-
-
 class CanceledError(ServeError):
     """The client gave the request up."""
 

@@ -67,17 +67,21 @@ def addition() -> onnx.GraphProto:
     return helper.make_graph(nodes, "addition", tensors[:2], tensors[2:])
 
 
-def slow() -> onnx.GraphProto:
-    """Multiplies a 128 × 128 matrix by itself `n` times, about 0.1 ms each: runs as long as a test wants."""
-    body = helper.make_graph(
+def multiplication() -> onnx.GraphProto:
+    """A Loop's body that multiplies a 128 × 128 matrix by itself."""
+    return helper.make_graph(
         [helper.make_node("MatMul", ["m", "m"], ["p"]), helper.make_node("Identity", ["go"], ["go_on"])],
         "body",
         [info("i", [], TensorProto.INT64), info("go", [], TensorProto.BOOL), info("m", [128, 128])],
         [info("go_on", [], TensorProto.BOOL), info("p", [128, 128])],
     )
+
+
+def slow() -> onnx.GraphProto:
+    """Multiplies a 128 × 128 matrix by itself `n` times, about 0.1 ms each: runs as long as a test wants."""
     nodes = [
         helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
-        helper.make_node("Loop", ["n", "", "zeros"], ["y"], body=body),
+        helper.make_node("Loop", ["n", "", "zeros"], ["y"], body=multiplication()),
     ]
     shape = helper.make_tensor("shape", TensorProto.INT64, [2], [128, 128])
     return helper.make_graph(

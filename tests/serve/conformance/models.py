@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from onnx import GraphProto, TensorProto, helper
 
-from tests.graphs import ONNX_TYPES, addition, gather, identity, info, scaled, write_model
+from tests.graphs import ONNX_TYPES, addition, gather, identity, info, multiplication, scaled, write_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,16 +59,10 @@ def running_sum(id_type: int) -> GraphProto:
 
 def slow() -> GraphProto:
     """y = n, after n multiplications of a 128 × 128 matrix by itself, 10 to 100 µs each; one row."""
-    body = helper.make_graph(
-        [helper.make_node("MatMul", ["m", "m"], ["p"]), helper.make_node("Identity", ["go"], ["go_on"])],
-        "body",
-        [info("i", [], TensorProto.INT64), info("go", [], TensorProto.BOOL), info("m", [128, 128])],
-        [info("go_on", [], TensorProto.BOOL), info("p", [128, 128])],
-    )
     nodes = [
         helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
         helper.make_node("Squeeze", ["n"], ["times"]),
-        helper.make_node("Loop", ["times", "", "zeros"], ["product"], body=body),
+        helper.make_node("Loop", ["times", "", "zeros"], ["product"], body=multiplication()),
         helper.make_node("Cast", ["product"], ["whole"], to=TensorProto.INT64),
         helper.make_node("ReduceSum", ["whole"], ["zero"], keepdims=0),
         helper.make_node("Add", ["n", "zero"], ["y"]),
