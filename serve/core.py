@@ -14,6 +14,7 @@ from serve.protocol.shared_memory import SharedMemory
 from serve.rpc.stream import Streams
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from serve.model_repository.repository import Repository
@@ -61,16 +62,28 @@ class InferenceCore:
             return False
         return not self.settings.strict_readiness or self.repository.all_ready()
 
-    def infer(self, request: InferRequest, call: Call, *, inline: bool = False) -> Future[InferResponse]:
+    def infer(
+        self,
+        request: InferRequest,
+        call: Call,
+        *,
+        inline: bool = False,
+        emit: Callable[[InferResponse], None] | None = None,
+    ) -> Future[InferResponse]:
         """Have a request answered.
+
+        A decoupled model may answer several times: `emit` gets every answer but the last, from a thread that
+        must not be kept waiting; the future's result is the last one.
 
         Args:
             request: the decoded request.
             call: its deadline and cancellation.
             inline: the calling thread will wait for the answer anyway and may run the graph itself.
+            emit: takes a decoupled model's answers; None: the client can take one answer only.
 
         Raises:
             NotFoundError, UnavailableError, InvalidArgumentError: as the model and the request demand.
+            UnsupportedError: a decoupled model, and no `emit`.
         """
         if request.shared_inputs or (
             request.outputs and any(output.shared_memory for output in request.outputs)
@@ -82,7 +95,7 @@ class InferenceCore:
                 # Where runs are shared, a request that isn't alone waits for those that are being decoded:
                 # with 32 clients on one core that makes batches of 6 rows, running each at once 2.5.
                 alone = not version.shares_runs or self.admission.inflight <= 1
-                return version.submit(request, call, inline=inline and alone)
+                return version.submit(request, call, inline=inline and alone, emit=emit)
             except RetiredError:  # replaced since it was looked up
                 continue
 

@@ -28,7 +28,7 @@ from serve.scheduling.scheduler import QueuedRequest
 from serve.scheduling.sequence import SequenceScheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from serve.loading.warmup import WarmUp
@@ -128,13 +128,21 @@ class ModelVersion:
             **self._session.placement.properties(),
         }
 
-    def submit(self, request: InferRequest, call: Call, *, inline: bool) -> Future[InferResponse]:
+    def submit(
+        self,
+        request: InferRequest,
+        call: Call,
+        *,
+        inline: bool,
+        emit: Callable[[InferResponse], None] | None = None,  # noqa: ARG002 - one answer, the future's
+    ) -> Future[InferResponse]:
         """Check a request and have it run.
 
         Args:
             request: decoded, and meant for this version.
             call: its deadline and cancellation.
             inline: the caller will wait for the answer anyway, so its thread may run the graph.
+            emit: would take the answers before the last; a graph answers once.
 
         Raises:
             InvalidArgumentError: the request doesn't fit the model.

@@ -1,0 +1,1 @@
+"""Token generation: continuous batching of a decoder that keeps its keys and values in a cache."""
