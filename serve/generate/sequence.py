@@ -52,6 +52,7 @@ class Sequence:
         slot: its place in the cache; None: it waits for one.
         cached: how many of `ids` have their keys and values in the slot.
         reused: how many of those were another sequence's work.
+        token_at: when its latest token was chosen, seconds of `time.monotonic`; 0: none was yet.
     """
 
     ids: list[int]
@@ -63,6 +64,7 @@ class Sequence:
     slot: int | None = None
     cached: int = 0
     reused: int = 0
+    token_at: float = 0.0
 
     @property
     def pending(self) -> int:
