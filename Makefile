@@ -72,6 +72,7 @@ models: $(VENV)/installed ## train and export what `make serve` serves
 serve: models ## train, export and serve on :8001, metrics on :8002
 	@echo "== serving; Ctrl-C stops. In another terminal:"
 	@echo "   $(BIN)/onnxedge infer mobilenet --image tests/data/boot.png"
+	@echo "   $(BIN)/onnxedge generate gpt_generate 'ROMEO:'"
 	@$(BIN)/onnxedge serve --model-repository models $(FLAGS)
 
 lint: $(VENV)/installed ## ruff and mypy

@@ -1,11 +1,12 @@
 """`config.pbtxt`: Triton's ModelConfig for an exported graph.
 
-Fields as in `proto/model_config.proto`; only those are written that say something the defaults don't.
+Fields as in `proto/model_config.proto`; only those are written that say something the defaults don't. What a
+server has to know of a graph that texts are written with stands in `parameters`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -13,6 +14,7 @@ from google.protobuf import text_format
 
 from export.errors import ExportError
 from serve.pb import model_config_pb2
+from train.family import Generation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +26,9 @@ WRITTEN = (
     "name", "backend", "platform", "default_model_filename", "max_batch_size", "input", "output",
 )  # fmt: skip
 """The fields of a config that an export decides."""
+GENERATION = tuple(field.name for field in fields(Generation))
+"""The parameters that an export decides; a server knows a generation model by them."""
+MAX_NUM_SEQS = "max_num_seqs"
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,15 @@ class Served:
             answers, or the graph's batch has a fixed size.
         labels: class names; the output whose last axis has as many numbers gets the label file.
         encoded_image: name of the input that takes files of images, which the server decodes.
+        generation: how the server writes texts with the graph, whose own tensors clients then don't see; of
+            `max_batch_size` only the 0 counts: one text at a time.
     """
 
     default: str
     max_batch_size: int
     labels: Sequence[str] = ()
     encoded_image: str | None = None
+    generation: Generation | None = None
 
 
 def model_config(name: str, model: ir.Model, served: Served) -> model_config_pb2.ModelConfig:
@@ -51,11 +59,12 @@ def model_config(name: str, model: ir.Model, served: Served) -> model_config_pb2
         ExportError: a tensor's type has no counterpart, or there are labels but no output for them.
     """
     config = model_config_pb2.ModelConfig(
-        name=name,
-        backend="onnxruntime",
-        default_model_filename=served.default,
-        max_batch_size=served.max_batch_size,
+        name=name, backend="onnxruntime", default_model_filename=served.default
     )
+    if served.generation:
+        _set_generation(config, served.generation, batched=bool(served.max_batch_size))
+        return config
+    config.max_batch_size = served.max_batch_size
     first = 1 if served.max_batch_size else 0
     for value in model.graph.inputs:
         config.input.add(name=value.name, data_type=_data_type(value), dims=_dims(value)[first:])
@@ -81,8 +90,13 @@ def config_file(name: str, model: ir.Model, served: Served, before: model_config
     config.CopyFrom(before)
     for field in WRITTEN:
         config.ClearField(field)
-    config.parameters.pop(ENCODED_IMAGE, None)
-    config.MergeFrom(model_config(name, model, served))
+    for parameter in (ENCODED_IMAGE, *GENERATION):
+        config.parameters.pop(parameter, None)
+    new = model_config(name, model, served)
+    if is_generation(before):
+        # Whether the entry streams is the user's to change, where there still is a choice.
+        (new if served.generation else config).ClearField("model_transaction_policy")
+    config.MergeFrom(new)
     return text_format.MessageToString(config, use_short_repeated_primitives=True).encode()
 
 
@@ -109,12 +123,22 @@ def parse_config(content: bytes, source: str) -> model_config_pb2.ModelConfig:
     return config
 
 
+def is_generation(config: model_config_pb2.ModelConfig) -> bool:
+    """Whether a server writes texts with the entry."""
+    return "past_key_names" in config.parameters
+
+
 def tensors(
     config: model_config_pb2.ModelConfig,
 ) -> list[tuple[str, model_config_pb2.DataType, tuple[int, ...]]]:
     """Name, type and axes of all inputs and outputs: what a client depends on."""
     inputs = [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in config.input]
     return inputs + [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in config.output]
+
+
+def generation(config: model_config_pb2.ModelConfig) -> dict[str, str]:
+    """The cache's tensors and the context's length, which all versions share; empty where none is written."""
+    return {name: config.parameters[name].string_value for name in GENERATION if name in config.parameters}
 
 
 def labels_file(labels: Sequence[str]) -> bytes:
@@ -154,3 +178,13 @@ def _set_encoded_image(config: model_config_pb2.ModelConfig, name: str) -> None:
     image.ClearField("dims")
     image.dims.extend([*batch, 1])
     config.parameters[ENCODED_IMAGE].string_value = name
+
+
+def _set_generation(config: model_config_pb2.ModelConfig, generation: Generation, *, batched: bool) -> None:
+    """Have the server write texts with the graph, and stream them."""
+    config.model_transaction_policy.decoupled = True
+    for name, value in asdict(generation).items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        config.parameters[name].string_value = text
+    if not batched:
+        config.parameters[MAX_NUM_SEQS].string_value = "1"

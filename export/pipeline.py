@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.errors import ExportError
-from export.model_config import LABELS, Served, config_file, labels_file, parse_config, read_config, tensors
+from export.model_config import (
+    LABELS,
+    MAX_NUM_SEQS,
+    Served,
+    config_file,
+    generation,
+    labels_file,
+    parse_config,
+    read_config,
+    tensors,
+)
 from export.recipes import graph_file
 from export.report import make_report, table
 from export.repository import Entry, golden, write_entry
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
     from export.settings import ExportSettings
     from export.source import Source
     from export.variants import Variant, Variants
+    from serve.pb.model_config_pb2 import ModelConfig
     from train.family import ServingData, ServingGraph
 
 GOLDEN_ROWS = 8
@@ -60,7 +71,8 @@ def export(source: Source, settings: ExportSettings, say: Callable[[str], None])
             f"--encoded-image: {source.name} has no image input; leave the flag out, or let the network "
             "take UINT8 pixels [batch, height, width, 1 or 3], as --pixels makes it"
         )
-    entries = [make_entry(graph, source, settings, say) for graph in source.graphs]
+    graphs = [graph for graph in source.graphs if _can_be_served(graph, source, settings, say)]
+    entries = [make_entry(graph, source, settings, say) for graph in graphs]
     return [_write(entry, settings, say) for entry in entries]
 
 
@@ -72,23 +84,16 @@ def make_entry(
     Raises:
         ExportError: the graph can't be had, or a gate refuses it.
     """
-    name = (settings.name or source.name) + graph.suffix
+    name = _name(graph, source, settings)
     say(f"translate {name} to ONNX")
     variants = make_variants(graph, settings, say)
     report = make_report(name, graph, variants, settings=settings, provenance=source.provenance)
-    served, labels = variants.default, graph.data.labels
+    labels = graph.data.labels
     before = read_config(settings.repository / name / "config.pbtxt")
-    config = config_file(
-        name,
-        served.model,
-        Served(
-            default=graph_file(served.precision),
-            max_batch_size=0 if served.mixes_rows or _fixed_batch(served) else settings.max_batch_size,
-            labels=labels,
-            encoded_image=graph.image if settings.options.encoded_image else None,
-        ),
-        before,
-    )
+    served = _served(graph, variants.default, settings)
+    if served.generation and served.max_batch_size and _one_at_a_time(before):
+        say(f"note: {name}'s config.pbtxt keeps max_num_seqs 1; remove it to have several texts at a time")
+    config = config_file(name, variants.default.model, served, before)
     return Entry(
         name,
         settings.version,
@@ -106,9 +111,41 @@ def make_entry(
     )
 
 
+def _name(graph: ServingGraph, source: Source, settings: ExportSettings) -> str:
+    return (settings.name or source.name) + graph.suffix
+
+
+def _can_be_served(
+    graph: ServingGraph, source: Source, settings: ExportSettings, say: Callable[[str], None]
+) -> bool:
+    """Whether the sizes that were asked for leave the graph of use; `say` why not."""
+    batch = settings.options.fixed.get("batch", 1)
+    if graph.generation is None or batch == 1:
+        return True
+    say(
+        f"note: no {_name(graph, source, settings)}: --fix batch={batch}, but a prompt is read alone and "
+        "texts come and go; it takes batch=1, or better an open batch"
+    )
+    return False
+
+
+def _served(graph: ServingGraph, default: Variant, settings: ExportSettings) -> Served:
+    return Served(
+        default=graph_file(default.precision),
+        max_batch_size=0 if default.mixes_rows or _fixed_batch(default) else settings.max_batch_size,
+        labels=graph.data.labels,
+        encoded_image=graph.image if settings.options.encoded_image else None,
+        generation=graph.generation,
+    )
+
+
 def _fixed_batch(variant: Variant) -> bool:
     shapes = [value.shape for value in variant.model.graph.inputs]
     return any(shape is not None and isinstance(shape[0], int) for shape in shapes)
+
+
+def _one_at_a_time(config: ModelConfig) -> bool:
+    return MAX_NUM_SEQS in config.parameters and config.parameters[MAX_NUM_SEQS].string_value == "1"
 
 
 def _write(entry: Entry, settings: ExportSettings, say: Callable[[str], None]) -> ExportResult:
@@ -133,9 +170,12 @@ def _about_other_versions(folder: Path, entry: Entry) -> Iterator[str]:
             )
     config = parse_config(entry.entry_files["config.pbtxt"], "config.pbtxt")
     before = read_config(folder / "config.pbtxt")
-    if versions and tensors(before) != tensors(config):
+    changed = "inputs or outputs" if tensors(before) != tensors(config) else ""
+    if not changed and generation(before) != generation(config):
+        changed = "cache tensors or another context length"
+    if versions and changed:
         yield (
-            f"version {entry.version} has other inputs or outputs than config.pbtxt described up to now: "
+            f"version {entry.version} has other {changed} than config.pbtxt described up to now: "
             f"version {', '.join(sorted(path.name for path in versions))} can't be served beside it"
         )
     if (folder / LABELS).exists() and LABELS not in entry.entry_files:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     Report = Mapping[str, Any]
 
 
+UNBATCHED = "does not batch requests (max_batch_size 0)"
+
+
 def make_report(
     name: str,
     graph: ServingGraph,
@@ -48,6 +51,7 @@ def make_report(
         "name": name,
         "version": settings.version,
         "target": settings.target,
+        "generates_text": graph.generation is not None,
         "default": variants.written[0],
         "file": graph_file(variants.written[0]),
         **provenance,
@@ -123,9 +127,9 @@ def table(report: Report) -> str:
     notes = [
         f"{name}: {variant['made_by']}" for name, variant in report["variants"].items() if variant["made_by"]
     ]
+    consequence = "writes one text at a time (max_num_seqs 1)" if report["generates_text"] else UNBATCHED
     notes += [
-        f"{name}: a row's answer depends a little on the others of its request, so a server does not batch "
-        "requests (max_batch_size 0)"
+        f"{name}: a row's answer depends a little on the others of its request, so a server {consequence}"
         for name in mixed
     ]
     notes += [*report["notes"], *(f"no {name}: {reason}" for name, reason in report["skipped"].items())]

@@ -1,4 +1,4 @@
-"""The command line: `onnxedge serve`, `onnxedge infer`, `onnxedge providers`."""
+"""The command line: `onnxedge serve`, `onnxedge infer`, `onnxedge generate`, `onnxedge providers`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ usage: onnxedge COMMAND [flags]
 
   serve      serve a model repository over gRPC     onnxedge serve --model-repository models/
   infer      classify an image with a served model  onnxedge infer mobilenet --image boot.png
+  generate   let a served model write text          onnxedge generate gpt_generate "ROMEO:"
   providers  what this device can run graphs on     onnxedge providers
 
 `onnxedge COMMAND --help` lists a command's flags. Flags without a command are those of serve, as with
@@ -25,6 +26,7 @@ tritonserver.
 _COMMANDS = {
     "serve": "serve.transport.run",
     "infer": "serve.client",
+    "generate": "serve.generate_client.command",
     "providers": "serve.runtime.providers",
 }
 _USAGE_ERROR = 2

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 
+from serve.client_connection import add_connection_flags, describe, open_channel
 from serve.model.pixels import in_8_bits
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
@@ -47,10 +48,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.top < 1:
             raise InferError(f"--top is {options.top}, expected 1 or more")  # noqa: TRY301 - answered as the others
-        with _channel(options) as channel:
+        with open_channel(options) as channel:
             scores = classify_image(GRPCInferenceServiceStub(channel), options)
     except grpc.RpcError as error:
-        print(f"onnxedge infer: {options.url}: {error.code().name}: {error.details()}", file=sys.stderr)
+        print(f"onnxedge infer: {describe(error, options)}", file=sys.stderr)
         return 1
     except (InferError, OSError) as error:
         print(f"onnxedge infer: {error}", file=sys.stderr)
@@ -67,8 +68,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--image", type=Path, required=True, help="a file that Pillow, or the model itself, reads"
     )
-    parser.add_argument("--url", "-u", default="localhost:8001", help="the server (default: %(default)s)")
-    parser.add_argument("--version", "-x", default="", help="model version (default: the latest)")
     parser.add_argument("--top", "-c", type=int, default=5, help="classes to print (default: %(default)s)")
     parser.add_argument(
         "--scaling",
@@ -76,35 +75,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         choices=tuple(_SCALINGS),
         help="what a float input wants its pixels to be: as they are, 0 to 1, -1 to 1, ImageNet's mean 0",
     )
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds (default: %(default)s)")
-    parser.add_argument(
-        "--header",
-        "-H",
-        type=_header,
-        action="append",
-        metavar="'NAME: VALUE'",
-        help="such as 'authorization: Bearer TOKEN'; may be given more than once",
-    )
-    parser.add_argument("--ssl", action="store_true", help="TLS, with the system's certificates")
-    parser.add_argument("--root-cert", type=Path, metavar="FILE", help="TLS, with these certificates, PEM")
-    parser.add_argument("--client-cert", type=Path, metavar="FILE", help="this client's certificate, PEM")
-    parser.add_argument("--client-key", type=Path, metavar="FILE", help="and its key, PEM")
+    add_connection_flags(parser, timeout=30.0)
     return parser.parse_args(arguments)
-
-
-def _header(text: str) -> tuple[str, str]:
-    name, colon, value = text.partition(":")
-    if not (name.strip() and colon):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected 'NAME: VALUE'")
-    return name.strip().lower(), value.strip()
-
-
-def _channel(options: argparse.Namespace) -> grpc.Channel:
-    files = (options.root_cert, options.client_key, options.client_cert)
-    if not (options.ssl or any(files)):
-        return grpc.insecure_channel(options.url)
-    read = (path.read_bytes() if path else None for path in files)
-    return grpc.secure_channel(options.url, grpc.ssl_channel_credentials(*read))
 
 
 def classify_image(stub: Any, options: argparse.Namespace) -> list[bytes]:

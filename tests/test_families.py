@@ -14,6 +14,7 @@ import torch
 from export.__main__ import main as export
 from export.recipes import graph_file
 from loadtest.payload import INFER_PATH
+from serve.generate_client.command import main as generate
 from serve.pb import grpc_service_pb2 as pb
 from train.__main__ import main as train
 from train.family import FAMILIES
@@ -33,7 +34,8 @@ FLAGS = {
     "gpt": "--steps-per-epoch 10 --batch-size 4 --width 32 --heads 2",
     "bert": "--train-rows 512 --batch-size 32 --width 32 --layers 1",
 }
-ENTRIES = (*FAMILIES, "lstm_step", "gpt_decode")
+ASKED = (*FAMILIES, "lstm_step")
+ENTRIES = (*ASKED, "gpt_generate")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_a_model_of_each_family_and_no_other_is_there(server: tuple[RunningServe
     assert {path.name for path in server[1].iterdir()} == set(ENTRIES)
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", ASKED)
 def test_the_server_answers_what_the_network_answered(server: tuple[RunningServer, Path], name: str) -> None:
     running, repository = server
     golden = np.load(repository / name / "1" / "golden.npz")
@@ -85,6 +87,14 @@ def test_the_server_answers_what_the_network_answered(server: tuple[RunningServe
         assert off <= golden[f"tolerance.{graph_file(default)}.{output.name}"] + 1e-4, output.name
 
 
-@pytest.mark.parametrize("name", ["gpt", "bert"])
+def test_the_server_writes_with_the_graph_that_has_a_cache(
+    server: tuple[RunningServer, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In its default precision; test_exported_generation.py compares texts with torch's.
+    assert generate(["gpt_generate", "ROMEO:", "--url", server[0].url, "--max-tokens", "9"]) == 0
+    assert len(capsys.readouterr().out) == len("ROMEO:") + 9 + 1
+
+
+@pytest.mark.parametrize("name", ["gpt", "gpt_generate", "bert"])
 def test_a_language_model_has_its_tokenizer_beside_it(server: tuple[RunningServer, Path], name: str) -> None:
     assert (server[1] / name / "1" / "tokenizer.json").stat().st_size > 0

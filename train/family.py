@@ -86,17 +86,43 @@ class ServingData:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """How a server writes texts with a graph that reads and answers a cache of keys and values.
+
+    The fields have the names of config.pbtxt's parameters.
+
+    Attributes:
+        context_length: tokens of a prompt and of what follows it, at most.
+        past_length: name of the input INT64 [batch, 1]: how many tokens each row's cache holds.
+        past_key_names: of the inputs, FP32 [batch, heads, cache, head width], "%d" standing for the layer.
+        past_value_names: of those with the values.
+        present_key_names: of the outputs that hold the past's keys and the new ones.
+        present_value_names: of those with the values.
+        past_present_share_buffer: whether a past and its present may be one buffer, written to in place.
+    """
+
+    context_length: int
+    past_length: str
+    past_key_names: str
+    past_value_names: str
+    present_key_names: str
+    present_value_names: str
+    past_present_share_buffer: bool
+
+
+@dataclass(frozen=True)
 class ServingGraph:
-    """One graph of a model as a client sees it.
+    """One graph of a model, and the entry that it becomes.
 
     Attributes:
         suffix: what the entry's name has after the model's: "" for the graph that most clients want, "_step"
-            for a model's stateful step.
+            for a model's stateful step, "_generate" for the one that writes texts.
         module: in evaluation mode; takes raw inputs (UINT8 pixels, token ids), ends in the network's outputs.
         example: inputs that trace it.
         data: rows to calibrate and to judge it with.
         metric: how to judge it.
         image: name of the input that takes UINT8 pixels [batch, height, width, channels], if one does.
+        generation: how texts are written with it; None: clients see its own inputs and outputs.
     """
 
     suffix: str
@@ -105,6 +131,7 @@ class ServingGraph:
     data: ServingData
     metric: Metric
     image: str | None = None
+    generation: Generation | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from train.decoding import CachedGPT
-from train.family import ExampleInputs, Metric, ServingData, ServingGraph
+from train.family import ExampleInputs, Generation, Metric, ServingData, ServingGraph
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 INPUT = "input_ids"
 PAST_LENGTH = "past_length"
+PAST = "past_key_values"
+PRESENT = "present"
 OUTPUT = "logits"
 ROWS = 64
 DECODE_WINDOW = 32
@@ -41,7 +43,7 @@ PERPLEXITY = Metric("perplexity", higher_is_better=False, score=perplexity, rela
 
 
 def language_graphs(model: GPT, fitted: np.ndarray, test: np.ndarray) -> tuple[ServingGraph, ServingGraph]:
-    """Whole texts to the logits of every next token; and the same with a cache, to write on with.
+    """Whole texts to the logits of every next token; and the same with a cache, for a server to write with.
 
     Args:
         model: on the CPU, in evaluation mode.
@@ -90,17 +92,31 @@ def decode_graph(network: CachedGPT, fitted: np.ndarray, test: np.ndarray) -> Se
     longer, _ = single_tokens(network, test, long, 2)
     two = windows(fitted, short)[0][[0, -1]]
     example = feed(network, two, past=np.array([0, short - 2]), time=2)
-    axes = {name: {0: "batch", 2: "cache"} for name in network.names("past_key_values")}
+    axes = {name: {0: "batch", 2: "cache"} for name in network.names(PAST)}
     return ServingGraph(
-        suffix="_decode",
+        suffix="_generate",
         module=network,
         example=ExampleInputs(
             {name: torch.from_numpy(array) for name, array in example.items()},
             {INPUT: {0: "batch", 1: "time"}, PAST_LENGTH: {0: "batch"}, **axes},
-            (OUTPUT, *network.names("present")),
+            (OUTPUT, *network.names(PRESENT)),
         ),
         data=ServingData(calibration, held_out, targets, other_shapes=(first, later, longer)),
         metric=PERPLEXITY,
+        generation=generation(context),
+    )
+
+
+def generation(context: int) -> Generation:
+    """How texts of at most `context` tokens are written: see `CachedGPT.names`."""
+    return Generation(
+        context_length=context,
+        past_length=PAST_LENGTH,
+        past_key_names=f"{PAST}.%d.key",
+        past_value_names=f"{PAST}.%d.value",
+        present_key_names=f"{PRESENT}.%d.key",
+        present_value_names=f"{PRESENT}.%d.value",
+        past_present_share_buffer=True,  # as onnxruntime's GroupQueryAttention has it
     )
 
 
@@ -136,5 +152,5 @@ def feed(network: CachedGPT, tokens: np.ndarray, past: np.ndarray, time: int) ->
     return {
         INPUT: np.take_along_axis(tokens, past[:, None] + np.arange(time), axis=1),
         PAST_LENGTH: past[:, None],
-        **dict(zip(network.names("past_key_values"), map(torch.Tensor.numpy, caches), strict=True)),
+        **dict(zip(network.names(PAST), map(torch.Tensor.numpy, caches), strict=True)),
     }

@@ -128,7 +128,7 @@ class GenerationEngine:
     def _schedule(self) -> Step | None:
         """Wait until there is something to do, and decide what; None: closed, and nothing is left."""
         with self._wake:
-            while not (self._scheduler.waiting or self._scheduler.running):
+            while not self._scheduler.has_work:
                 if self._closed:
                     return None
                 self._wake.wait()
@@ -166,8 +166,12 @@ class GenerationEngine:
         try:
             token = sequence.sampler.next(logits, sequence.ids, sequence.prompt_length)
             sequence.ids.append(token)
-            reason = sequence.output.take(token)
             self._time_token(sequence)
+            reason = sequence.output.take(token)
+            if reason is None and sequence.generated >= sequence.max_tokens:
+                reason = "length"
+            if reason is not None:
+                sequence.output.end(reason)
         except Exception as error:
             if not isinstance(error, ServeError):
                 logger.exception("a token could not be handed on")
@@ -175,12 +179,9 @@ class GenerationEngine:
             self._finish(sequence)
             self._fail(sequence, error)
             return
-        if reason is None and sequence.generated >= sequence.max_tokens:
-            reason = "length"
         if reason is not None:
             self._finish(sequence)
             self._metrics.finished(sequence)
-            sequence.output.end(reason)
 
     def _time_token(self, sequence: Sequence) -> None:
         now = time.monotonic()

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serve.errors import ModelLoadError
+
+_LEAST_VALUES = {
+    "context_length": 2,
+    "max_prompt_length": 1,
+    "default_max_tokens": 1,
+    "max_num_seqs": 1,
+    "cache_tokens": 0,
+    "max_num_batched_tokens": 0,
+    "max_queue_size": 0,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
@@ -19,6 +31,9 @@ class GenerationSettings:
         max_queue_size: sequences that may wait for a slot.
         enable_prefix_caching: keep what was read, for prompts that begin with the same tokens.
         eos_token_ids: tokens that end a text.
+
+    Raises:
+        ModelLoadError: a limit is out of its range.
     """
 
     context_length: int
@@ -30,3 +45,15 @@ class GenerationSettings:
     max_queue_size: int = 128
     enable_prefix_caching: bool = True
     eos_token_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, least in _LEAST_VALUES.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ModelLoadError(f"config.pbtxt: parameter '{name}' is {value}, expected {least} or more")
+        if self.max_prompt_length >= self.context_length:
+            raise ModelLoadError(
+                f"config.pbtxt: parameter 'max_prompt_length' is {self.max_prompt_length}, expected less "
+                f"than context_length, {self.context_length}: a token must fit behind the longest prompt"
+            )

@@ -226,8 +226,10 @@ def _try(path: Path, settings: SessionSettings, config: bytes | None) -> None:
     with contextlib.suppress(ModelLoadError, ServeError):
         session.run(make_inputs(session.inputs), [output.name for output in session.outputs])
     if config is not None:
-        with contextlib.suppress(ModelLoadError, ServeError):
+        try:
             _warm_up(session, path, config)
+        except (ModelLoadError, ServeError) as error:
+            session.ran_out_of_memory |= _is_out_of_memory(error)
     if session.ran_out_of_memory:
         raise MemoryError
 
@@ -253,13 +255,18 @@ class _Watched:
 
 def _warm_up(session: Any, path: Path, serialized: bytes) -> None:
     """Check the golden samples and warm the graph up."""
-    from serve.loading import golden  # noqa: PLC0415 - see `main`
+    from serve.generate.generation_config import is_generation  # noqa: PLC0415 - see `main`
+    from serve.loading import golden  # noqa: PLC0415 - likewise
+    from serve.loading.generation import try_generation  # noqa: PLC0415 - likewise
     from serve.loading.warmup import warm_up  # noqa: PLC0415 - likewise
     from serve.model.model_config import resolve  # noqa: PLC0415 - likewise
     from serve.pb import model_config_pb2  # noqa: PLC0415 - likewise
 
     folder = path.parent.parent
     message = model_config_pb2.ModelConfig.FromString(serialized)
+    if is_generation(message):
+        try_generation(message, session, path)
+        return
     config = resolve(message, folder.name, session.inputs, session.outputs, {})
     golden.check(session, config, path.parent, path.name)
     warm_up(session, config, folder, path.parent)

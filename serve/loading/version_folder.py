@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from serve.errors import ModelLoadError
+from serve.generate.generation_config import is_generation, is_twin
+from serve.generate.tokenizer import FILE as TOKENIZER
+from serve.generate.twin import TwinVersion
 from serve.loading import checksums, golden, isolation
+from serve.loading.generation import generation_session, load_generation, one_instance
 from serve.loading.graph_file import external_data
 from serve.loading.warmup import warm_up
 from serve.model.config_pbtxt import DEFAULT_MODEL_FILENAME
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from serve.generate.twin import Find
+    from serve.model.served_version import ServedVersion
     from serve.runtime.session import SessionSettings
     from serve.settings import ServerSettings
 
@@ -57,11 +63,13 @@ class Loader:
         SettingsError: --backend-config can't be.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, find: Find = lambda _name: None) -> None:
+        """Load for a repository, where `find` gives the latest ready version of a model."""
         self._settings = settings
+        self._find = find
         self._backend = parse_backend_config(settings.backend_config)
 
-    def load(self, source: Source, number: int) -> ModelVersion:
+    def load(self, source: Source, number: int) -> ServedVersion:
         """Load one version of a model, from its folder to the first answer.
 
         Raises:
@@ -69,11 +77,17 @@ class Loader:
             OSError: a file can't be read.
         """
         name, settings = source.folder.name, self._settings
+        if is_twin(source.config):
+            return TwinVersion(number, source.config, name, self._find)
+        if is_generation(source.config):
+            source = replace(source, config=one_instance(source.config, name))
         path = _graph_path(source, number)
-        checksums.verify(path.parent, path.name, external_data(path))
+        checksums.verify(path.parent, path.name, [*external_data(path), TOKENIZER])
         wanted = session_settings(
             source.config, self._backend.defaults, usable_cores(), policy=settings.provider_policy, model=name
         )
+        if is_generation(source.config):
+            wanted = generation_session(wanted)
         if source.untrusted or settings.untrusted_repository:
             seconds = settings.untrusted_timeout_secs
             limits = isolation.ProbeLimits(settings.untrusted_memory_mb << 20, seconds, seconds)
@@ -89,35 +103,14 @@ class Loader:
                 logger.warning("'%s' version %d goes on without %s: %s", name, number, without, error)
                 wanted = lesser
 
-    def _load(self, source: Source, number: int, path: Path, wanted: SessionSettings) -> ModelVersion:
-        name, settings = source.folder.name, self._settings
-        labels = _read_labels(source)
+    def _load(self, source: Source, number: int, path: Path, wanted: SessionSettings) -> ServedVersion:
         before = resident_bytes()
         session = Session(path, wanted)
         try:
-            config = resolve(
-                self._with_default_batch(source.config, session),
-                name,
-                session.inputs,
-                session.outputs,
-                labels,
-                max_image_pixels=settings.max_image_pixels,
-            )
-            golden.check(session, config, path.parent, path.name)
-            warmed = warm_up(session, config, source.folder, path.parent)
-            instances = choose_instances(source.config, wanted.instances, warmed)
-            if not config.message.instance_group:
-                config.message.instance_group.add(name=name, kind="KIND_AUTO")
-            config.message.instance_group[0].count = instances
-            version = ModelVersion(
-                number,
-                config,
-                session,
-                instances=instances,
-                warm_up=warmed,
-                settings=settings,
-                folder=source.folder,
-            )
+            if is_generation(source.config):
+                version: ServedVersion = load_generation(number, source.config, session, path)
+            else:
+                version = self._serve_graph(source, number, path, session)
         except Exception:
             session.close()
             raise
@@ -125,6 +118,33 @@ class Loader:
         growth = resident_bytes() - before
         version.memory_bytes = growth if growth > 0 else session.file_bytes
         return version
+
+    def _serve_graph(self, source: Source, number: int, path: Path, session: Session) -> ModelVersion:
+        """A version that runs its graph once for each request, or for several together."""
+        settings = self._settings
+        config = resolve(
+            self._with_default_batch(source.config, session),
+            source.folder.name,
+            session.inputs,
+            session.outputs,
+            _read_labels(source),
+            max_image_pixels=settings.max_image_pixels,
+        )
+        golden.check(session, config, path.parent, path.name)
+        warmed = warm_up(session, config, source.folder, path.parent)
+        instances = choose_instances(source.config, session.settings.instances, warmed)
+        if not config.message.instance_group:
+            config.message.instance_group.add(name=config.name, kind="KIND_AUTO")
+        config.message.instance_group[0].count = instances
+        return ModelVersion(
+            number,
+            config,
+            session,
+            instances=instances,
+            warm_up=warmed,
+            settings=settings,
+            folder=source.folder,
+        )
 
     def _with_default_batch(self, config: pb.ModelConfig, session: Session) -> pb.ModelConfig:
         """The config with the server's default-max-batch-size, where it leaves the tensors to the graph.

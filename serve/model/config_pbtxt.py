@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf import text_format
 
 from serve.errors import ModelLoadError
+from serve.generate import generation_config
 from serve.model.encoded_image import PARAMETER as ENCODED_IMAGE
 from serve.model.padding import PARAMETERS as LENGTH_PARAMETERS
 from serve.pb import model_config_pb2 as pb
@@ -30,7 +31,8 @@ _NEAR = 0.8  # of two names that differ by a letter or two
 PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
 
-# What the server itself reads of a config's parameters; `serve.runtime.backend_config` has onnxruntime's.
+# What the server itself reads of a config's parameters; `serve.runtime.backend_config` has onnxruntime's,
+# `serve.generate.generation_config` those of models that generate.
 OWN_PARAMETERS = (ENCODED_IMAGE, *LENGTH_PARAMETERS)
 
 _NOT_ON_A_CPU = "onnxruntime's providers decide it"
@@ -43,15 +45,15 @@ _REFUSED = {
 
 # Each field is either looked into ({...}), taken whole ({}), or taken without effect (the reason, which is
 # logged): hints about speed on another server. A field that is not here is refused.
-_TENSOR_FIELDS: dict[str, Any] = {"name": {}, "data_type": {}, "dims": {}, "reshape": {}}
+_TENSOR_FIELDS: dict[str, Any] = {"name": {}, "data_type": {}, "dims": {}}
 _SUPPORTED: dict[str, Any] = {
     "name": {},
     "platform": {},
     "backend": {},
     "runtime": "onnxruntime is built in",
     "max_batch_size": {},
-    "input": {**_TENSOR_FIELDS, "format": {}},
-    "output": {**_TENSOR_FIELDS, "label_filename": {}},
+    "input": {**_TENSOR_FIELDS, "reshape": {}, "format": {}},
+    "output": {**_TENSOR_FIELDS, "reshape": {}, "label_filename": {}},
     "version_policy": {"latest": {"num_versions": {}}, "all": {}, "specific": {"versions": {}}},
     "instance_group": {
         "name": {},
@@ -80,6 +82,12 @@ _SUPPORTED: dict[str, Any] = {
     "model_transaction_policy": {},
     "response_cache": {"enable": "responses are not cached"},
     "model_metrics": "histograms have fixed buckets",
+}
+# Such a model's tensors are the server's own, whatever the graph's are.
+_SUPPORTED_OF_GENERATION = {
+    **_SUPPORTED,
+    "input": {**_TENSOR_FIELDS, "optional": {}},
+    "output": _TENSOR_FIELDS,
 }
 
 
@@ -111,17 +119,21 @@ def check_config(message: pb.ModelConfig, name: str) -> None:
     Raises:
         ModelLoadError: see `read_config`.
     """
-    for field, reason in _unsupported(message, _SUPPORTED):
+    generates = generation_config.is_generation(message) or generation_config.is_twin(message)
+    supported = _SUPPORTED_OF_GENERATION if generates else _SUPPORTED
+    for field, reason in _unsupported(message, supported):
         logger.warning("config.pbtxt of '%s': field '%s' has no effect: %s", name, field, reason)
     for field, expected in (("name", name), ("platform", PLATFORM), ("backend", BACKEND)):
         value = getattr(message, field)
         if value not in ("", expected):
             raise ModelLoadError(f"config.pbtxt: {field} is {value!r}, expected {expected!r} or nothing")
     for parameter in message.parameters:
-        _check_parameter(parameter, name)
+        _check_parameter(parameter, name, generates=generates)
     if message.max_batch_size < 0:
         raise ModelLoadError(f"config.pbtxt: max_batch_size is {message.max_batch_size}, expected 0 or more")
-    if message.model_transaction_policy.decoupled:
+    if generates:
+        generation_config.check_generation_fields(message)
+    elif message.model_transaction_policy.decoupled:
         raise ModelLoadError(
             "config.pbtxt: model_transaction_policy.decoupled is true, but a graph answers each request once"
         )
@@ -130,15 +142,26 @@ def check_config(message: pb.ModelConfig, name: str) -> None:
         _refuse_path(f"label_filename of output '{output.name}'", output.label_filename)
 
 
-def _check_parameter(parameter: str, model: str) -> None:
+def _check_parameter(parameter: str, model: str, *, generates: bool) -> None:
     """Refuse what looks like a typing error; what means nothing here is somebody's note, as in Triton."""
-    known = (*OWN_PARAMETERS, *PARAMETERS)
-    if parameter in OWN_PARAMETERS or takes_parameter(parameter):
+    if generates and parameter in OWN_PARAMETERS:
+        raise ModelLoadError(
+            f"config.pbtxt: parameter '{parameter}' can't go with token generation: remove it"
+        )
+    # A note of another model may be called `logits`; but a mark with a letter wrong, and it doesn't generate.
+    own = generation_config.PARAMETERS if generates else (*OWN_PARAMETERS, *generation_config.MARKS)
+    if parameter in own or takes_parameter(parameter):
         return
-    near = difflib.get_close_matches(parameter, known, 1, _NEAR)
-    if near:
-        raise ModelLoadError(f"config.pbtxt: parameter '{parameter}' is unknown: did you mean '{near[0]}'?")
-    logger.warning("config.pbtxt of '%s': parameter '%s' has no effect: it is unknown", model, parameter)
+    if parameter in generation_config.PARAMETERS:
+        reason = f"the model has none of {', '.join(generation_config.MARKS)}"
+    else:
+        near = difflib.get_close_matches(parameter, (*own, *PARAMETERS), 1, _NEAR)
+        if near:
+            raise ModelLoadError(
+                f"config.pbtxt: parameter '{parameter}' is unknown: did you mean '{near[0]}'?"
+            )
+        reason = "it is unknown"
+    logger.warning("config.pbtxt of '%s': parameter '%s' has no effect: %s", model, parameter, reason)
 
 
 def _refuse_path(field: str, filename: str) -> None:

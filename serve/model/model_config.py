@@ -166,7 +166,7 @@ def resolve(
         padding.check_names(_shapes(input_specs), _shapes(output_specs))
         if any(s.reshape is not None for s in (*input_specs.values(), *output_specs.values())):
             raise ModelLoadError("config.pbtxt: parameter 'length_axis' can't go with reshape: remove one")
-    completed = _complete(message, name, input_specs, output_specs)
+    completed = complete_config(message, name, input_specs, output_specs)
     return ModelConfig(name, message.max_batch_size, input_specs, output_specs, completed, encoded, padding)
 
 
@@ -175,10 +175,10 @@ def _as_files(image: GraphTensor) -> GraphTensor:
     return replace(image, onnx_type=DATATYPES["BYTES"].onnx, shape=(image.shape[0], 1))
 
 
-def _complete(
+def complete_config(
     message: pb.ModelConfig, name: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
 ) -> pb.ModelConfig:
-    """A copy with what the file left out: names, the tensors, and Triton's defaults."""
+    """A copy of a config with what the file left out: names, the tensors, and Triton's defaults."""
     completed = pb.ModelConfig()
     completed.CopyFrom(message)
     completed.name, completed.platform, completed.backend = name, PLATFORM, BACKEND

@@ -107,6 +107,35 @@ class Statistics:
                 decode_ns = call.queued_ns - call.received_ns
                 counts.requests.add(1, decode_ns + input_ns, infer_ns, output_ns)
 
+    def record_step(self, rows: int, infer_ns: int) -> None:
+        """Count one run of a graph that answers a request in many runs.
+
+        Args:
+            rows: sequences that it went on with.
+            infer_ns: nanoseconds that it took.
+        """
+        with self._lock:
+            batch = self._counts.batches.get(rows)
+            if batch is None:
+                batch = self._counts.batches[rows] = Compute()
+            batch.add(1, 0, infer_ns, 0)
+
+    def record_answer(self, call: Call) -> None:
+        """Count one request that many runs have answered.
+
+        Args:
+            call: its, with the times when it was received, decoded, taken out of the queue and answered.
+        """
+        request_ns = call.done_ns - call.received_ns
+        counts = self._counts
+        with self._lock:
+            counts.inferences += 1
+            counts.last_inference_ms = time.time_ns() // 1_000_000
+            counts.request_ns += request_ns
+            counts.latency[request_ns.bit_length()] += 1
+            counts.queue_ns += call.started_ns - call.queued_ns
+            counts.requests.add(1, call.queued_ns - call.received_ns, call.done_ns - call.started_ns, 0)
+
     def record_failure(self, reason: str, received: int) -> None:
         """Count one request that failed.
 

@@ -43,11 +43,14 @@ class ModelVersion:
 
     Attributes:
         name, version, config: what it is.
+        decoupled: whether it may answer a request several times.
         statistics: what it has answered so far.
         memory_bytes: what loading it added to the process's memory.
         warm_up: what was measured when it was loaded.
         shares_runs: whether several requests may be answered by one run.
     """
+
+    decoupled = False
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping
 
-    from serve.model.version import ModelVersion
+    from serve.model.served_version import ServedVersion
 
 READY = "READY"
 LOADING = "LOADING"
@@ -48,7 +48,7 @@ class Model:
     """
 
     name: str
-    versions: Mapping[int, ModelVersion] = field(default_factory=dict)
+    versions: Mapping[int, ServedVersion] = field(default_factory=dict)
     problems: Mapping[int | None, str] = field(default_factory=dict)
     changing: Mapping[int, str] = field(default_factory=dict)
     unloaded: frozenset[int] = frozenset()
@@ -86,7 +86,7 @@ class Model:
         """The load failed; what answered before goes on."""
         return replace(self, problems=problems, changing=_only(UNLOADING, self.changing))
 
-    def loaded(self, versions: Mapping[int, ModelVersion], contents: Mapping[int, Hashable]) -> Model:
+    def loaded(self, versions: Mapping[int, ServedVersion], contents: Mapping[int, Hashable]) -> Model:
         """The load is done: these versions answer now, and the others go."""
         gone = dict.fromkeys(self.versions.keys() - versions.keys(), UNLOADING)
         still = _only(UNLOADING, self.changing)

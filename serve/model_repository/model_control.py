@@ -22,7 +22,7 @@ from serve.runtime.accelerators import file_parameters
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
-    from serve.model.version import ModelVersion
+    from serve.model.served_version import ServedVersion
     from serve.model_repository.overrides import Override
     from serve.pb import model_config_pb2 as pb
     from serve.settings import ServerSettings
@@ -58,11 +58,16 @@ class ModelControl:
         self.closed = False
         self.on_change: Callable[[], None] = lambda: None
         self._settings = settings
-        self._loader = Loader(settings)
+        self._loader = Loader(settings, self.latest)
         self._roots = roots
         self._table_lock = threading.Lock()
         self._turns = Turns(MOST_CHANGES)
         self._retirement = Retirement()
+
+    def latest(self, name: str) -> ServedVersion | None:
+        """The latest ready version of a model; None: there is none."""
+        model = self.models.get(name)
+        return model.versions[max(model.versions)] if model is not None and model.versions else None
 
     def load(self, name: str, override: Override | None = None) -> None:
         """Load a model, or load it again where its files or its config have changed.
@@ -163,14 +168,14 @@ class ModelControl:
                 raise
             self._retire(name, [version for version in old if version not in kept.values()])
 
-    def _load_versions(self, source: Source, numbers: Sequence[int]) -> dict[int, ModelVersion]:
+    def _load_versions(self, source: Source, numbers: Sequence[int]) -> dict[int, ServedVersion]:
         """Load all of these or none.
 
         Raises:
             InvalidArgumentError: one can't be loaded.
         """
         name = source.folder.name
-        new: dict[int, ModelVersion] = {}
+        new: dict[int, ServedVersion] = {}
         for number in numbers:
             try:
                 new[number] = self._loader.load(source, number)
@@ -194,7 +199,7 @@ class ModelControl:
         ]
         raise InvalidArgumentError(f"load failed for model '{name}': {'; '.join(texts)}")
 
-    def _retire(self, name: str, versions: list[ModelVersion]) -> None:
+    def _retire(self, name: str, versions: list[ServedVersion]) -> None:
         numbers = [version.version for version in versions]
 
         def then() -> None:
@@ -207,7 +212,7 @@ class ModelControl:
         if versions:
             self._retirement.retire(name, versions, then)
 
-    def _replace(self, name: str, change: Callable[[Model], Model]) -> list[ModelVersion]:
+    def _replace(self, name: str, change: Callable[[Model], Model]) -> list[ServedVersion]:
         """Put a model's next state into the table; the versions that answered before.
 
         Raises:
@@ -249,7 +254,7 @@ def _contents(source: Source) -> dict[int, Hashable]:
     }
 
 
-def _close(versions: Iterable[ModelVersion]) -> None:
+def _close(versions: Iterable[ServedVersion]) -> None:
     """Close versions that never answered."""
     for version in versions:
         version.close()

@@ -22,7 +22,7 @@ from serve.model_repository.polling import Poller
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from serve.model.version import ModelVersion
+    from serve.model.served_version import ServedVersion
     from serve.model_repository.lifecycle import Model
     from serve.model_repository.overrides import Override
     from serve.settings import ServerSettings
@@ -101,7 +101,7 @@ class Repository:
         """Take a model out of service: see `ModelControl.unload`."""
         self._control.unload(name)
 
-    def get(self, name: str, version: str = "") -> ModelVersion:
+    def get(self, name: str, version: str = "") -> ServedVersion:
         """A ready version; "" is the latest.
 
         Raises:
@@ -120,7 +120,7 @@ class Repository:
                 return versions[number]
         raise self._missing(name, model, number)
 
-    def find(self, name: str = "", version: str = "") -> list[ModelVersion]:
+    def find(self, name: str = "", version: str = "") -> list[ServedVersion]:
         """The ready versions of this name, or of all names, and of this number, or of all numbers."""
         number = _parse_version(version)
         return [found for found in self if name in ("", found.name) and number in (None, found.version)]
@@ -137,7 +137,7 @@ class Repository:
             return False
         return True
 
-    def __iter__(self) -> Iterator[ModelVersion]:
+    def __iter__(self) -> Iterator[ServedVersion]:
         """All ready versions."""
         for model in self.models:
             yield from model.versions.values()

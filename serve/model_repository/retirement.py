@@ -12,7 +12,7 @@ from serve.process import returning_memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from serve.model.version import ModelVersion
+    from serve.model.served_version import ServedVersion
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class Retirement:
         self._lock = threading.Lock()
         self._threads: dict[str, list[threading.Thread]] = {}
 
-    def retire(self, name: str, versions: Sequence[ModelVersion], then: Callable[[], None]) -> None:
+    def retire(self, name: str, versions: Sequence[ServedVersion], then: Callable[[], None]) -> None:
         """Answer what the versions of a model have in hand, free them, give their memory back, call `then`.
 
         The caller keeps no reference to them: memory that is still in use can't be given back.
@@ -45,7 +45,7 @@ class Retirement:
             thread.join(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in threads)
 
-    def _close(self, name: str, versions: list[ModelVersion], then: Callable[[], None]) -> None:
+    def _close(self, name: str, versions: list[ServedVersion], then: Callable[[], None]) -> None:
         with returning_memory():
             while versions:
                 _close(versions.pop())
@@ -57,7 +57,7 @@ class Retirement:
                 del self._threads[name]
 
 
-def _close(version: ModelVersion) -> None:
+def _close(version: ServedVersion) -> None:
     try:
         version.close()
     except Exception:

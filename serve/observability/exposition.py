@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from serve.generate.version import GenerationVersion
 from serve.model.statistics import FAILURE_REASONS, Counts
 from serve.observability.histogram import batch_sizes, latencies
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from serve.core import InferenceCore
-    from serve.model.version import ModelVersion
+    from serve.model.served_version import ServedVersion
     from serve.observability.histogram import Samples
     from serve.observability.system_usage import SystemUsage
 
@@ -44,7 +45,7 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Counts], int]], ...] = (
         lambda c: c.requests.output_ns // 1000,
     ),
 )
-_GAUGES: tuple[tuple[str, str, Callable[[ModelVersion], int]], ...] = (
+_GAUGES: tuple[tuple[str, str, Callable[[ServedVersion], int]], ...] = (
     ("nv_inference_pending_request_count", "Requests that wait", lambda v: v.pending),
     ("onnxedge_queue_depth", "Requests that wait", lambda v: v.pending),
     ("onnxedge_model_memory_bytes", "Memory that loading the model took", lambda v: v.memory_bytes),
@@ -58,6 +59,11 @@ _HISTOGRAMS: tuple[tuple[str, str, Callable[[Counts], Samples]], ...] = (
         lambda c: latencies(c.latency, c.request_ns),
     ),
 )
+_GENERATION_GAUGES: tuple[tuple[str, str, Callable[[GenerationVersion], float]], ...] = (
+    ("onnxedge_num_requests_running", "Sequences that have a place in the cache", lambda v: v.running),
+    ("onnxedge_num_requests_waiting", "Sequences that wait for one", lambda v: v.pending),
+    ("onnxedge_kv_cache_usage_perc", "Share of the cache in use, 0 to 1", lambda v: v.cache_usage),
+)
 # Labels of ours, which a tag of a config.pbtxt can't take.
 _OWN_LABELS = frozenset({"model", "version", "reason", "provider", "le"})
 
@@ -66,11 +72,12 @@ def exposition(core: InferenceCore, usage: SystemUsage) -> str:
     """The metrics of every ready version and of the server as Prometheus text."""
     versions = [(version, version.statistics.snapshot()) for version in core.repository]
     lines = [*_model_metrics(versions), *_placement_metrics([version for version, _ in versions])]
+    lines += _generation_metrics([v for v, _ in versions if isinstance(v, GenerationVersion)])
     lines += _server_metrics(core, usage)
     return "\n".join(lines) + "\n"
 
 
-def _model_metrics(versions: Sequence[tuple[ModelVersion, Counts]]) -> list[str]:
+def _model_metrics(versions: Sequence[tuple[ServedVersion, Counts]]) -> list[str]:
     lines: list[str] = []
     for name, text, count in _COUNTERS:
         unit = ", cumulative microseconds" if name.endswith("_us") else ""
@@ -86,14 +93,23 @@ def _model_metrics(versions: Sequence[tuple[ModelVersion, Counts]]) -> list[str]
     for name, text, samples in _HISTOGRAMS:
         lines += _head(name, "histogram", text)
         for version, counts in versions:
-            lines += [
-                f"{name}{suffix}{{{_labels(version, **({'le': bound} if bound else {}))}}} {value}"
-                for suffix, bound, value in samples(counts)
-            ]
+            lines += _samples(name, version, samples(counts))
     return lines
 
 
-def _placement_metrics(versions: Sequence[ModelVersion]) -> list[str]:
+def _generation_metrics(versions: Sequence[GenerationVersion]) -> list[str]:
+    lines: list[str] = []
+    for name, text, gauge in _GENERATION_GAUGES:
+        lines += _family(name, "gauge", text, [(_labels(v), gauge(v)) for v in versions])
+    measured = [(version, version.metrics.families()) for version in versions]
+    for name, (kind, text, _) in measured[0][1].items() if measured else ():
+        lines += _head(f"onnxedge_{name}", kind, text)
+        for version, families in measured:
+            lines += _samples(f"onnxedge_{name}", version, families[name][2])
+    return lines
+
+
+def _placement_metrics(versions: Sequence[ServedVersion]) -> list[str]:
     providers = [(_labels(v, provider=provider), 1) for v in versions for provider in v.providers]
     nodes = [(_labels(v, provider=name), count) for v in versions for name, count in v.placement.items()]
     return [
@@ -138,7 +154,14 @@ def _family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]
     return [*_head(name, kind, text), *(f"{name}{{{labels}}} {value}" for labels, value in samples)]
 
 
-def _labels(version: ModelVersion, **more: str) -> str:
+def _samples(name: str, version: ServedVersion, samples: Samples) -> list[str]:
+    return [
+        f"{name}{suffix}{{{_labels(version, **({'le': bound} if bound else {}))}}} {value}"
+        for suffix, bound, value in samples
+    ]
+
+
+def _labels(version: ServedVersion, **more: str) -> str:
     pairs = {"model": version.name, "version": str(version.version)}
     for tag, value in sorted(version.config.message.metric_tags.items()):
         name = _label_name(tag)

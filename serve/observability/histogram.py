@@ -1,7 +1,8 @@
-"""Prometheus histograms from exact counts."""
+"""Prometheus histograms, from exact counts or as values come."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,28 @@ _SHORTEST, _LONGEST = 17, 36
 
 Samples = list[tuple[str, str, float]]
 """(suffix of the family's name, value of the label `le` or "", value)."""
+
+
+class Histogram:
+    """Values in buckets. Not for several threads at once: the owner's lock keeps it."""
+
+    __slots__ = ("_bounds", "_counts", "_names", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        """Start empty; `bounds` are the buckets' largest values, ascending."""
+        self._bounds = bounds
+        self._names = [str(bound) for bound in bounds]
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def samples(self) -> Samples:
+        """What was counted."""
+        return _samples(self._names, self._counts[:-1], sum(self._counts), self._sum)
 
 
 def batch_sizes(batches: Mapping[int, Compute]) -> Samples:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # Below this protobuf's own copies cost less than walking the fields in Python.
 SPLIT_FROM_BYTES = 16 * 1024
+FINAL_RESPONSE = "triton_final_response"
+"""Parameter of a stream's answers: whether it is its request's last one."""
 _NO_PARAMETERS: Mapping[str, Parameter] = {}
 
 
@@ -166,8 +168,8 @@ def encode_infer_response(response: InferResponse) -> bytes:
 
 
 def encode_stream_response(response: InferResponse) -> bytes:
-    """The same as a ModelStreamInferResponse, marked as the last one for its request."""
-    head, raw = _encode(response, final=True)
+    """The same as a ModelStreamInferResponse; the last one for its request, unless its parameters deny it."""
+    head, raw = _encode(response, streamed=True)
     return append_raw_contents(head, raw, wrapped_in=STREAM_RESPONSE_TAG)
 
 
@@ -179,14 +181,14 @@ def encode_stream_error(identity: str, text: str) -> bytes:
     return message.SerializeToString()
 
 
-def _encode(response: InferResponse, *, final: bool = False) -> tuple[bytes, list[Buffer]]:
+def _encode(response: InferResponse, *, streamed: bool = False) -> tuple[bytes, list[Buffer]]:
     message = pb.ModelInferResponse(
         model_name=response.model_name, model_version=response.model_version, id=response.id
     )
     if response.parameters:
         encode_parameters(response.parameters, message.parameters)
-    if final:
-        message.parameters["triton_final_response"].bool_param = True
+    if streamed and FINAL_RESPONSE not in response.parameters:
+        message.parameters[FINAL_RESPONSE].bool_param = True
     raw: list[Buffer] = []
     for tensor in response.outputs:
         output = message.outputs.add(

@@ -1,7 +1,8 @@
-"""One ModelStreamInfer over bytes, whatever transport carries it: requests in, answers out in the same order.
+"""One ModelStreamInfer over bytes, whatever transport carries it: requests in, answers out.
 
-One thread reads requests and hands them to their models, the transport's own one waits for the answers in
-turn, so several requests of a stream are in the server at once.
+One thread reads requests and hands them to their models, the transport's own one waits for what they answer,
+so several requests of a stream are in the server at once. Models that answer once do so in the order of the
+requests; the answers of decoupled ones, which may be many, go out as they come.
 """
 
 from __future__ import annotations
@@ -10,23 +11,24 @@ import logging
 import math
 import threading
 import time
-from collections import deque
-from concurrent.futures import CancelledError
+from functools import partial
 from typing import TYPE_CHECKING
 
 from serve.errors import CanceledError, InternalError, ServeError, UnavailableError
 from serve.protocol import codec
 from serve.request import Call
-from serve.rpc.pending_answer import PendingAnswer
+from serve.rpc.due_messages import DueMessages
+from serve.rpc.pending_answer import STREAM_RPC, PendingAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from serve.core import InferenceCore
+    from serve.request import InferRequest, InferResponse
+    from serve.rpc.due_messages import Due
 
 logger = logging.getLogger(__name__)
 
-STREAM_RPC = "ModelStreamInfer"
 # Requests of one stream that are read but not answered; then the client has to wait, too.
 MAX_PENDING = 32
 # How long the client may take for one answer, beside what a link of 1 Mbit/s takes for its bytes; the second
@@ -63,16 +65,16 @@ class InferStream:
         self._peer = peer
         self._metadata = metadata
         self._status_on_error = _STATUS_ON_ERROR in metadata
-        self._pending: deque[PendingAnswer] = deque()
+        self._messages = DueMessages()
         self._reading = True
-        self._submitting = False
+        self._submitting: PendingAnswer | None = None
         self._draining = False
         self._closed = False
-        self._due = math.inf  # when the answer that is being written should have been
+        self._write_due = math.inf  # when the answer that is being written should have been
         self._changed = threading.Condition(threading.Lock())
 
     def answers(self, requests: Iterator[bytes]) -> Iterator[bytes]:
-        """Answer each request with one message, in order, until the client sends no more.
+        """Answer each request, until the client sends no more.
 
         A request that fails is answered with its error, and the stream goes on.
 
@@ -88,12 +90,12 @@ class InferStream:
         """
         threading.Thread(target=self._read, args=(requests,), name="stream-reader", daemon=True).start()
         try:
-            while (pending := self._next()) is not None:
-                answer = self._answer(pending)
-                self._due = time.monotonic() + len(answer) / _SLOWEST_LINK_BYTES_PER_SECOND
-                yield answer
-                self._due = math.inf
-                self._answered(pending)
+            while (due := self._next()) is not None:
+                message = self._message(due)
+                self._write_due = time.monotonic() + len(message) / _SLOWEST_LINK_BYTES_PER_SECOND
+                yield message
+                self._write_due = math.inf
+                self._written(due)
         finally:
             self._abandon()
 
@@ -104,14 +106,21 @@ class InferStream:
             self._changed.notify_all()
 
     def end_if_stuck(self) -> None:
-        """Cancel the RPC if its client has not taken an answer for too long."""
+        """Cancel the RPC if its client has not taken an answer for too long, or leaves too many of them."""
         longest = _LONGEST_LAST_WRITE_SECONDS if self._draining else LONGEST_WRITE_SECONDS
-        if time.monotonic() < self._due + longest:
+        if time.monotonic() < self._write_due + longest and not self._floods():
             return
         logger.warning("%s: %s does not read its answers: the stream is cancelled", STREAM_RPC, self._peer)
-        self._due = math.inf
+        self._write_due = math.inf
         self._cancel()
         self.close()
+
+    def _floods(self) -> bool:
+        """Whether there is no more memory for unread answers, and many are this stream's.
+
+        A model that answers many times can't be held back: the requests beside its own would wait, too.
+        """
+        return self._core.streams.unwritten.full and self._messages.unwritten > MAX_PENDING
 
     def close(self) -> None:
         """Give up what is not answered, and the stream's place; may be called again."""
@@ -121,8 +130,7 @@ class InferStream:
     def _abandon(self) -> None:
         with self._changed:
             self._closed = True
-            abandoned = list(self._pending)
-            self._pending.clear()
+            abandoned = self._messages.close_all(but=self._submitting)
             self._changed.notify_all()
         for pending in abandoned:
             self._give_up(pending)
@@ -139,9 +147,11 @@ class InferStream:
         try:
             while self._wait_for_room():
                 data = next(requests, None)
-                if data is None or not self._take():
+                pending = None if data is None else self._take()
+                if data is None or pending is None:
                     break
-                self._append(self._submit(data))
+                self._submit(pending, data)
+                self._submitted(pending)
         except Exception:  # noqa: BLE001 - the transport's own, of any kind: the client has gone
             self._abandon()
         with self._changed:
@@ -156,20 +166,23 @@ class InferStream:
             return not self._closed
 
     def _full(self) -> bool:
-        if self._draining or len(self._pending) >= MAX_PENDING:
+        if self._draining or len(self._messages) >= MAX_PENDING:
             return True
-        return bool(self._pending) and self._core.streams.unwritten.full
+        return bool(self._messages) and self._core.streams.unwritten.full
 
-    def _take(self) -> bool:
-        """Whether a request that has arrived is to be answered, which the stream then doesn't end before."""
+    def _take(self) -> PendingAnswer | None:
+        """A request has arrived, which the stream doesn't end before; None: it comes too late."""
+        pending = PendingAnswer(Call(self._deadline), self._core.admission, self._core.streams.unwritten)
         with self._changed:
-            self._submitting = not self._closed
-            return self._submitting
+            if self._closed:
+                return None
+            self._messages.open(pending)
+            self._submitting = pending
+        return pending
 
-    def _submit(self, data: bytes) -> PendingAnswer:
+    def _submit(self, pending: PendingAnswer, data: bytes) -> None:
         """Hand a request to its model; what is wrong with it becomes its outcome."""
         core = self._core
-        pending = PendingAnswer(Call(self._deadline), core.admission, core.streams.unwritten)
         try:
             if core.observer.active:
                 pending.observed = core.observer.begin(
@@ -180,81 +193,103 @@ class InferStream:
             pending.id = request.id
             if pending.observed is not None:
                 pending.observed.parsed(request)
-            pending.expect(core.infer(request, pending.call))
+            pending.decoupled = self._is_decoupled(request)
+            future = core.infer(request, pending.call, emit=partial(self._emit, pending))
+            pending.expect(future, partial(self._settled, pending))
         except ServeError as error:
             pending.id = pending.id or codec.request_id(data)
             pending.refuse(error.with_traceback(None))  # its frames hold the request
         except Exception as error:
             logger.exception("%s failed", STREAM_RPC)
             pending.refuse(InternalError(f"{STREAM_RPC}: {error!r}"))
-        return pending
 
-    def _append(self, pending: PendingAnswer) -> None:
+    def _is_decoupled(self, request: InferRequest) -> bool:
+        """Whether a request's model may answer more than once; also asked of one that will refuse it.
+
+        Raises:
+            ServeError: there is no such model.
+        """
+        version = self._core.repository.get(request.model_name, request.model_version)
+        return version.config.message.model_transaction_policy.decoupled
+
+    def _submitted(self, pending: PendingAnswer) -> None:
         with self._changed:
-            self._submitting = False
-            if not self._closed:
-                self._pending.append(pending)
+            self._submitting = None
+            if self._messages.submitted(pending):
                 self._changed.notify_all()
-                return
-        self._give_up(pending)
+            abandoned = self._closed and self._messages.close(pending)
+        if abandoned:
+            self._give_up(pending)
+
+    # The models' threads
+
+    def _emit(self, pending: PendingAnswer, response: InferResponse) -> None:
+        """Have an answer written that isn't its request's last; waits for nobody."""
+        with self._changed:
+            if not self._closed and self._messages.emitted(pending, response):
+                pending.emitted(response)
+                self._changed.notify_all()
+
+    def _settled(self, pending: PendingAnswer) -> None:
+        with self._changed:
+            if self._messages.settled(pending):
+                self._changed.notify_all()
 
     # The transport's thread
 
-    def _next(self) -> PendingAnswer | None:
-        """The request whose answer is due; None: there will be none any more.
+    def _next(self) -> Due | None:
+        """The message that is due; None: there will be none any more.
 
         Raises:
             UnavailableError: the server stops.
         """
         with self._changed:
-            while not self._pending:
-                if self._closed or not self._reading:
+            while (due := self._messages.next()) is None:
+                if self._closed:
                     return None
-                if self._draining and not self._submitting:
-                    self._closed = True
-                    raise UnavailableError("the server is shutting down: go on with another stream")
+                if not self._messages:
+                    if not self._reading:
+                        return None
+                    if self._draining:
+                        self._closed = True
+                        raise UnavailableError("the server is shutting down: go on with another stream")
                 self._changed.wait()
-            return self._pending[0]
+            return due
 
-    def _answer(self, pending: PendingAnswer) -> bytes:
-        """Wait for a request's one answer, or say why there is none.
+    def _message(self, due: Due) -> bytes:
+        """A due message, or the one that says why its request failed.
 
         Raises:
             ServeError: the model's error, where the client wants it to be the stream's.
         """
-        error: ServeError
+        pending, emitted = due
+        if emitted is None and isinstance(pending.outcome, ServeError):
+            return pending.refusal(pending.outcome)
         try:
-            if isinstance(pending.outcome, ServeError):
-                return self._refusal(pending, pending.outcome)
-            response = pending.outcome.result()
-            data = codec.encode_stream_response(response)
+            return pending.message(emitted)
         except ServeError as failure:
-            error = failure
-        except CancelledError:
-            error = CanceledError("the request was cancelled while it waited")
-        except Exception as failure:
-            logger.exception("%s failed", STREAM_RPC)
-            error = InternalError(f"{STREAM_RPC}: {failure!r}")
-        else:
-            if pending.observed is not None:
-                pending.observed.answered(response, len(data))
-            return data
-        refusal = self._refusal(pending, error)
+            error = failure.with_traceback(None)  # its frames hold the request, whose future holds it
+        refusal = pending.refusal(error)
         if self._status_on_error:
+            self._end(pending)
             raise error
+        if emitted is not None:
+            pending.call.cancel()
+            self._end(pending)
         return refusal
 
-    def _refusal(self, pending: PendingAnswer, error: ServeError) -> bytes:
-        logger.debug("%s: %s: %s", STREAM_RPC, error.code, error)
-        if pending.observed is not None:
-            pending.observed.failed(error.code, str(error))
-        return codec.encode_stream_error(pending.id, str(error))
+    def _written(self, due: Due) -> None:
+        """The transport has taken a message."""
+        pending, emitted = due
+        if emitted is None:
+            self._end(pending)
+        else:
+            pending.written(emitted)
 
-    def _answered(self, pending: PendingAnswer) -> None:
-        """The transport has taken the answer: make room."""
+    def _end(self, pending: PendingAnswer) -> None:
+        """A request needs no more messages: make room."""
         with self._changed:
-            if not (self._pending and self._pending[0] is pending):
-                return  # closed meanwhile
-            self._pending.popleft()
+            if not self._messages.close(pending):
+                return  # given up meanwhile
             self._changed.notify_all()
         pending.end()

@@ -1,19 +1,28 @@
-"""A stream's request until its answer is written, and what it holds of the server until then."""
+"""A stream's request until its last answer is written, and what it holds of the server until then."""
 
 from __future__ import annotations
 
+import logging
 import threading
+from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING
 
 from serve.admission import default_byte_limit
+from serve.errors import CanceledError, InternalError, ServeError
+from serve.protocol import codec
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    from collections.abc import Callable
 
     from serve.admission import Admission
-    from serve.errors import ServeError
     from serve.observability.observation import Observed
     from serve.request import Call, InferResponse
+
+logger = logging.getLogger(__name__)
+
+STREAM_RPC = "ModelStreamInfer"
+# Of an answer that waits to be written: its objects take more memory than a token's few bytes.
+_EMITTED_BYTES = 1024
 
 
 class Unwritten:
@@ -24,6 +33,11 @@ class Unwritten:
         self._limit = limit or default_byte_limit()
         self._bytes = 0
         self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """How many there are."""
+        return self._bytes
 
     @property
     def full(self) -> bool:
@@ -45,18 +59,27 @@ class PendingAnswer:
     Attributes:
         id: the client's name for it.
         call: its deadline and cancellation.
-        outcome: where its answer will be, or why it is refused.
+        decoupled: whether its model may answer more than once, and at any time.
+        outcome: where its last answer will be, or why it is refused; None: its model hasn't taken it yet.
         observed: what its trace and the access log learn of it; None where both are off.
     """
 
-    __slots__ = ("_held", "call", "id", "observed", "outcome")
+    __slots__ = ("_held", "_sent_bytes", "call", "decoupled", "id", "observed", "outcome")
 
     def __init__(self, call: Call, admission: Admission, unwritten: Unwritten) -> None:
         self.id = ""
         self.call = call
-        self.outcome: Future[InferResponse] | ServeError
+        self.decoupled = False
+        self.outcome: Future[InferResponse] | ServeError | None = None
+        self._sent_bytes = 0
         self.observed: Observed | None = None
         self._held = _Held(admission, unwritten)
+
+    @property
+    def settled(self) -> bool:
+        """Whether its last answer, or what it failed of, is there."""
+        outcome = self.outcome
+        return isinstance(outcome, ServeError) or (outcome is not None and outcome.done())
 
     def enter(self, size: int) -> None:
         """Take a place in the server, for a request of `size` bytes.
@@ -71,27 +94,75 @@ class PendingAnswer:
         self.outcome = error
         self._held.answered(0)
 
-    def expect(self, future: Future[InferResponse]) -> None:
-        """A model is going to answer."""
+    def expect(self, future: Future[InferResponse], settled: Callable[[], None]) -> None:
+        """A model is going to answer, and `settled` is called once it has, for the last time."""
         self.outcome = future
         # The future keeps its callbacks: one of this object's would make a cycle, with an answer in it.
+        self._held.settled = settled
         future.add_done_callback(self._held.done)
 
+    def message(self, emitted: InferResponse | None) -> bytes:
+        """The bytes of an answer; None: of the last one.
+
+        Raises:
+            ServeError: the request failed, or the answer doesn't fit where the client wants it.
+        """
+        try:
+            response = emitted or self._result()
+            data = codec.encode_stream_response(response)
+        except ServeError:
+            raise
+        except CancelledError:
+            raise CanceledError("the request was cancelled while it waited") from None
+        except Exception as error:
+            logger.exception("%s failed", STREAM_RPC)
+            raise InternalError(f"{STREAM_RPC}: {error!r}") from None
+        self._sent_bytes += len(data)
+        if emitted is None and self.observed is not None:
+            self.observed.answered(response, self._sent_bytes)
+        return data
+
+    def _result(self) -> InferResponse:
+        assert isinstance(self.outcome, Future)
+        return self.outcome.result()
+
+    def refusal(self, error: ServeError) -> bytes:
+        """The message that says why the request failed."""
+        logger.debug("%s: %s: %s", STREAM_RPC, error.code, error)
+        if self.observed is not None:
+            self.observed.failed(error.code, str(error))
+        return codec.encode_stream_error(self.id, str(error))
+
+    def emitted(self, response: InferResponse) -> None:
+        """An answer before the last one waits to be written."""
+        self._held.wait_for(_EMITTED_BYTES + _message_bytes(response))
+
+    def written(self, response: InferResponse) -> None:
+        """An answer before the last one has been written."""
+        self._held.wait_for(-_EMITTED_BYTES - _message_bytes(response))
+
     def end(self) -> None:
-        """The answer is written, or nobody wants it any more; may be called again."""
+        """The last answer is written, or nobody wants it any more; may be called again."""
         self._held.end()
         if self.observed is not None:
             self.observed.finish()
 
 
 class _Held:
-    """What a request holds: a place in the server, then memory for its answer."""
+    """What a request holds: a place in the server, and memory for its answers.
 
-    __slots__ = ("_admission", "_lock", "_over", "_request_bytes", "_unwritten", "_unwritten_bytes")
+    Attributes:
+        settled: called when its future is done, and then forgotten.
+    """
+
+    __slots__ = (
+        "_admission", "_lock", "_over", "_request_bytes", "_unwritten", "_unwritten_bytes", "settled"
+    )  # fmt: skip
 
     def __init__(self, admission: Admission, unwritten: Unwritten) -> None:
         self._admission = admission
         self._unwritten = unwritten
+        self.settled: Callable[[], None] | None = None
         self._request_bytes: int | None = None  # as admission counts them; None: no place
         self._unwritten_bytes = 0
         self._over = False
@@ -104,13 +175,18 @@ class _Held:
     def done(self, future: Future[InferResponse]) -> None:
         has_answer = not future.cancelled() and future.exception() is None
         self.answered(_message_bytes(future.result()) if has_answer else 0)
+        settled, self.settled = self.settled, None
+        if settled is not None:
+            settled()
 
     def answered(self, size: int) -> None:
         with self._lock:
             self._leave()
-            if not self._over:
-                self._unwritten_bytes = size
-                self._unwritten.add(size)
+            self._wait_for(size)
+
+    def wait_for(self, size: int) -> None:
+        with self._lock:
+            self._wait_for(size)
 
     def end(self) -> None:
         with self._lock:
@@ -118,6 +194,12 @@ class _Held:
             if not self._over:
                 self._over = True
                 self._unwritten.add(-self._unwritten_bytes)
+
+    def _wait_for(self, size: int) -> None:
+        """Count `size` bytes that wait to be written; below 0: they have been."""
+        if not self._over:
+            self._unwritten_bytes += size
+            self._unwritten.add(size)
 
     def _leave(self) -> None:
         if self._request_bytes is not None:

@@ -118,6 +118,7 @@ class Session:
         self._session, self.settings, self.placement = open_session(path, settings)
         self.file_bytes = path.stat().st_size
         self._arena_shrinkage = settings.arena_shrinkage
+        self._bound_options = self._run_options()
         self.inputs = tuple(_graph_tensor(node) for node in self._session.get_inputs())
         self.outputs = tuple(_graph_tensor(node) for node in self._session.get_outputs())
         self._bfloat16_inputs = {t.name for t in self.inputs if t.onnx_type == _BFLOAT16}
@@ -155,9 +156,7 @@ class Session:
         session = self._session
         if session is None:
             raise InternalError("the model's session is closed")
-        run_options = ort.RunOptions()
-        if self._arena_shrinkage:
-            run_options.add_run_config_entry(SHRINKAGE, self._arena_shrinkage)
+        run_options = self._run_options()
         if call is not None:
             call.run_options = run_options
             if call.cancelled:
@@ -171,6 +170,50 @@ class Session:
         finally:
             if call is not None:
                 call.run_options = None
+
+    def binding(self) -> Any:
+        """An onnxruntime IOBinding: which memory the graph reads and writes, to be kept for many runs.
+
+        Raises:
+            InternalError: the session is closed.
+        """
+        if self._session is None:
+            raise InternalError("the model's session is closed")
+        return self._session.io_binding()
+
+    def run_bound(self, binding: Any) -> None:
+        """Run the graph once, on the memory of one of its bindings.
+
+        Raises:
+            InternalError: the graph failed, or the session is closed.
+        """
+        session = self._session
+        if session is None:
+            raise InternalError("the model's session is closed")
+        try:
+            session.run_with_iobinding(binding, self._bound_options)
+        except Exception as error:
+            raise InternalError(f"onnxruntime: {first_line(error)}") from error
+
+    def run_values(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+        """Run the graph once, from OrtValues to OrtValues: what comes out can go in again without a copy.
+
+        Raises:
+            InternalError: the graph failed, or the session is closed.
+        """
+        session = self._session
+        if session is None:
+            raise InternalError("the model's session is closed")
+        try:
+            return session.run_with_ort_values(outputs, inputs, self._bound_options)  # type: ignore[no-any-return] # untyped
+        except Exception as error:
+            raise InternalError(f"onnxruntime: {first_line(error)}") from error
+
+    def _run_options(self) -> Any:
+        options = ort.RunOptions()
+        if self._arena_shrinkage:
+            options.add_run_config_entry(SHRINKAGE, self._arena_shrinkage)
+        return options
 
     def _run_values(
         self, session: Any, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], run_options: Any

@@ -256,7 +256,10 @@ def test_a_text_shorter_than_the_context_is_refused(tmp_path: Path) -> None:
 def test_serving_data_is_windows_and_their_next_tokens(language: Task, tiny: gpt.Recipe) -> None:
     checkpoint = Checkpoint(information(language, tiny), language.model.eval(), language.files)
     graph, decode = gpt.serving_graphs(checkpoint, None)
-    assert (graph.suffix, decode.suffix) == ("", "_decode")
+    assert (graph.suffix, decode.suffix) == ("", "_generate")
+    assert graph.generation is None
+    assert decode.generation is not None
+    assert decode.generation.context_length == 16
     held_out = graph.data.held_out["input_ids"]
     assert held_out.dtype == np.int64
     assert held_out.shape == (64, 16)

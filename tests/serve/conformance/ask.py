@@ -11,6 +11,7 @@ import json
 import sys
 
 from tests.serve.conformance import (
+    rows_decoupled,
     rows_endings,
     rows_models,
     rows_parameters,
@@ -26,8 +27,8 @@ from tests.serve.conformance.servers import Servers
 from tests.serve.conformance.table import SAME, ask
 
 ROOMS = (
-    rows_tensors, rows_models, rows_parameters, rows_shared_memory, rows_streams, rows_status, rows_sequences,
-    rows_repository, rows_payloads, rows_endings,
+    rows_tensors, rows_models, rows_parameters, rows_shared_memory, rows_streams, rows_decoupled, rows_status,
+    rows_sequences, rows_repository, rows_payloads, rows_endings,
 )  # fmt: skip
 TABLES = tuple(room.TABLE for room in ROOMS)
 

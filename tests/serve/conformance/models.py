@@ -57,6 +57,45 @@ def running_sum(id_type: int) -> GraphProto:
     return helper.make_graph(nodes, "sum", [tensors[i] for i in inputs], [tensors[o] for o in outputs])
 
 
+_COUNTER = "model_transaction_policy { decoupled: true }" + "".join(
+    f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+    for key, value in {
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+        "present_key_names": "present.%d.key",
+        "present_value_names": "present.%d.value",
+        "context_length": "200000",
+    }.items()
+)
+_COUNTS_TO = 16
+
+
+def counter() -> GraphProto:
+    """A decoder whose every next token is one more than the last, and 0 after 15."""
+    nodes = [
+        helper.make_node("Add", ["input_ids", "one"], ["more"]),
+        helper.make_node("Mod", ["more", "depth"], ["next"]),
+        helper.make_node("OneHot", ["next", "depth", "scores"], ["logits"]),
+        helper.make_node("Unsqueeze", ["input_ids", "axes"], ["wide"]),
+        helper.make_node("Cast", ["wide"], ["read"], to=TensorProto.FLOAT),
+    ]
+    past, present = [], []
+    for part in ("key", "value"):
+        names = (f"past_key_values.0.{part}", f"present.0.{part}")
+        nodes.append(helper.make_node("Concat", [names[0], "read"], [names[1]], axis=2))
+        past.append(info(names[0], ["batch", 1, "past", 1]))
+        present.append(info(names[1], ["batch", 1, "total", 1]))
+    constants = [
+        helper.make_tensor("one", TensorProto.INT64, [], [1]),
+        helper.make_tensor("depth", TensorProto.INT64, [], [_COUNTS_TO]),
+        helper.make_tensor("scores", TensorProto.FLOAT, [2], [0, 1]),
+        helper.make_tensor("axes", TensorProto.INT64, [2], [1, 3]),
+    ]
+    ids = info("input_ids", ["batch", "time"], TensorProto.INT64)
+    logits = info("logits", ["batch", "time", _COUNTS_TO])
+    return helper.make_graph(nodes, "counter", [ids, *past], [logits, *present], constants)
+
+
 def slow() -> GraphProto:
     """y = n, after n multiplications of a 128 × 128 matrix by itself, 10 to 100 µs each; one row."""
     nodes = [
@@ -106,6 +145,7 @@ def write_served(root: Path) -> Path:
     _write(root, "slow", slow(), "max_batch_size: 1 instance_group { count: 1 kind: KIND_CPU }")
     for name, policy in QUEUES.items():
         _write(root, name, slow(), _BATCHER % policy)
+    _write(root, "counter", counter(), _COUNTER)
     _write_sequences(root)
     return root
 

@@ -1,0 +1,58 @@
+"""How the commands that ask a server reach it: the flags that they share, and the channel."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import grpc
+
+
+def add_connection_flags(parser: argparse.ArgumentParser, timeout: float) -> None:
+    """Add the flags that say which server, which version of the model, and how to get there.
+
+    Args:
+        parser: of the command.
+        timeout: seconds until an RPC is given up, unless the flag says otherwise.
+    """
+    group = parser.add_argument_group("connection")
+    group.add_argument("--url", "-u", default="localhost:8001", help="the server (default: %(default)s)")
+    group.add_argument("--version", "-x", default="", help="model version (default: the latest)")
+    group.add_argument("--timeout", type=float, default=timeout, help="seconds (default: %(default)s)")
+    group.add_argument(
+        "--header",
+        "-H",
+        type=_header,
+        action="append",
+        metavar="'NAME: VALUE'",
+        help="such as 'authorization: Bearer TOKEN'; may be given more than once",
+    )
+    group.add_argument("--ssl", action="store_true", help="TLS, with the system's certificates")
+    group.add_argument("--root-cert", type=Path, metavar="FILE", help="TLS, with these certificates, PEM")
+    group.add_argument("--client-cert", type=Path, metavar="FILE", help="this client's certificate, PEM")
+    group.add_argument("--client-key", type=Path, metavar="FILE", help="and its key, PEM")
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not (name.strip() and colon):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 'NAME: VALUE'")
+    return name.strip().lower(), value.strip()
+
+
+def open_channel(options: argparse.Namespace) -> grpc.Channel:
+    """A channel to the server that the flags name; it connects when it is used.
+
+    Raises:
+        OSError: a certificate's file can't be read.
+    """
+    files = (options.root_cert, options.client_key, options.client_cert)
+    if not (options.ssl or any(files)):
+        return grpc.insecure_channel(options.url)
+    read = (path.read_bytes() if path else None for path in files)
+    return grpc.secure_channel(options.url, grpc.ssl_channel_credentials(*read))
+
+
+def describe(error: grpc.RpcError, options: argparse.Namespace) -> str:
+    """A failed call in one line: server, status, what the server said."""
+    return f"{options.url}: {error.code().name}: {' '.join((error.details() or '').split())}"

@@ -1,0 +1,1 @@
+"""`onnxedge generate`: a client of generation models, ours and other Triton servers'."""
