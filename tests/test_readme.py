@@ -60,7 +60,8 @@ class Copy:
     def command(self, language: str, text: str) -> list[str]:
         for port, own in self.ports.items():
             text = text.replace(port, str(own))
-        text = text.replace("infer mobilenet", f"infer mobilenet --url localhost:{self.ports['8001']}")
+        for command in ("infer mobilenet", "generate gpt_generate"):
+            text = text.replace(command, f"{command} --url localhost:{self.ports['8001']}")
         text = text.replace("--duration 3", f"--duration 3 --url localhost:{self.ports['8001']}")
         return ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
 

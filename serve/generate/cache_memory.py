@@ -20,6 +20,25 @@ if TYPE_CHECKING:
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
+def reserve(size: int) -> mmap.mmap:
+    """Bytes that read as zeros, and take no memory until they are written to.
+
+    Raises:
+        ModelLoadError: the machine, or a limit on this process, doesn't have so many addresses.
+    """
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    except (OSError, OverflowError, ValueError) as error:
+        raise ModelLoadError(
+            f"can't reserve {size} bytes of addresses for keys and values: {error}; lower context_length or "
+            "max_num_seqs in config.pbtxt"
+        ) from error
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        # A huge page would make 2 MB resident for a head's first token.
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
+
+
 class CacheMemory:
     """Tensors of one shape whose first dimension is the slot.
 
@@ -29,23 +48,13 @@ class CacheMemory:
         tensors: each [slots, ...], zero where nothing was written.
 
     Raises:
-        ModelLoadError: the machine, or a limit on this process, doesn't have so many addresses.
+        ModelLoadError: see `reserve`.
     """
 
     def __init__(self, count: int, shape: Sequence[int], dtype: np.dtype) -> None:
         self._slot_bytes = math.prod(shape[1:]) * dtype.itemsize
         self._tensor_bytes = shape[0] * self._slot_bytes
-        total = count * self._tensor_bytes
-        try:
-            self._memory = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
-        except (OSError, OverflowError, ValueError) as error:
-            raise ModelLoadError(
-                f"can't reserve {total} bytes for the cache of {shape[0]} sequences: {error}; lower "
-                "context_length or max_num_seqs in config.pbtxt"
-            ) from error
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            # A huge page would make 2 MB resident for a head's first token.
-            self._memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self._memory = reserve(count * self._tensor_bytes)
         flat = np.frombuffer(self._memory, dtype)
         self.tensors = list(flat.reshape(count, *shape))
 
@@ -76,10 +85,9 @@ class CacheMemory:
 
     def expected_bytes(self, heads: int, tokens: int) -> int:
         """At most how much of a slot is there after so many tokens, to a page for each head."""
-        _, length, width = self.tensors[0].shape[-3:]
-        page = mmap.PAGESIZE
-        written = min(tokens, length) * width * self.tensors[0].itemsize
-        return len(self.tensors) * heads * (-(-written // page) + 1) * page
+        written = tokens * self.tensors[0].shape[-1] * self.tensors[0].itemsize
+        pages = -(-written // mmap.PAGESIZE) + 1
+        return len(self.tensors) * heads * int(pages) * mmap.PAGESIZE
 
     def _pages(self, slot: int) -> list[tuple[int, int]]:
         """Begin and end of a slot's memory in each tensor, in whole pages that it shares with no other."""

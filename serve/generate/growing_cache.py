@@ -7,12 +7,14 @@ without one of these inputs can't be told so: only rows of equal length share a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnxruntime import OrtValue
+
+from serve.errors import InternalError
+from serve.generate.growing_rows import Rows, TwoHalves
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -20,22 +22,7 @@ if TYPE_CHECKING:
     from serve.generate.decoder_graph import DecoderGraph, Feed
     from serve.runtime.session import Session
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """What several slots hold, in one tensor per layer and part.
-
-    Attributes:
-        values: OrtValues [rows, heads, tokens, head size], or [2, rows, heads, tokens, head size].
-        slots: of each row.
-        padding: for each row, how many tokens of it come before its own.
-        tokens: the tensors' length.
-    """
-
-    values: list[Any]
-    slots: list[int]
-    padding: list[int]
-    tokens: int
+    Held = tuple[Rows, int]  # a row of some
 
 
 class GrowingCache:
@@ -48,14 +35,15 @@ class GrowingCache:
 
     adjacent_rows = False
 
-    def __init__(self, session: Session, graph: DecoderGraph) -> None:
+    def __init__(self, session: Session, graph: DecoderGraph, slots: int, length: int) -> None:
         self._session = session
         self._graph = graph
-        self._outputs = (graph.logits.name, *graph.cache.present)
+        self._slots = slots
+        self._length = length
         self._constants = {
             name: OrtValue.ortvalue_from_numpy(array) for name, array in graph.constants.items()
         }
-        self._held: dict[int, tuple[_Rows, int]] = {}
+        self._held: dict[int, Held] = {}
         self.equal_lengths = not (graph.attention_mask and graph.position_ids)
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int], past: Sequence[int]) -> list[np.ndarray]:
@@ -69,16 +57,18 @@ class GrowingCache:
         Returns:
             FP32 [vocabulary] of each.
         """
-        next_of = dict(zip(slots, zip(tokens, past, strict=True), strict=True))
-        # By slot, or by length first: the order must be the same in the next step, for the tensors to stay.
-        order = sorted(next_of, key=lambda slot: (next_of[slot][1] if self.equal_lengths else 0, slot))
+        token_of = dict(zip(slots, tokens, strict=True))
+        past_of = dict(zip(slots, past, strict=True))
+        # Always in the order of slots, or the tensors would have to be made anew.
+        groups = [sorted(slots)]
+        if self.equal_lengths:
+            order = sorted(slots, key=lambda slot: (past_of[slot], slot))
+            groups = [list(group) for _, group in groupby(order, past_of.__getitem__)]
         logits: dict[int, np.ndarray] = {}
-        for _, group in groupby(order, lambda slot: next_of[slot][1] if self.equal_lengths else 0):
-            members = list(group)
-            rows = self._together(members, [next_of[slot][1] for slot in members])
-            ids = np.array([next_of[slot][:1] for slot in members])
-            scores = self._run(rows, ids)
-            logits |= {slot: scores[row, -1] for row, slot in enumerate(members)}
+        for group in groups:
+            rows = self._together(group, [past_of[slot] for slot in group])
+            scores = self._run(rows, np.array([[token_of[slot]] for slot in group]))
+            logits |= zip(group, scores[:, -1], strict=True)
         return [logits[slot] for slot in slots]
 
     def read(self, slot: int, past: int, tokens: Sequence[int]) -> np.ndarray:
@@ -92,44 +82,56 @@ class GrowingCache:
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Give a slot the first tokens of another."""
-        held, row = self._held[source]
-        if len(held.slots) == 1 and held.tokens == tokens and not held.padding[0]:
-            values = held.values  # nobody writes to them
-        else:
-            values = self._gather([(held, row)], [tokens], tokens)
-        self._held[target] = (_Rows(values, [target], [0], tokens), 0)
+        held = self._held.get(source)
+        self._held.pop(target, None)  # others may use that memory
+        self._held[target] = (self._gather([target], [held], [tokens]), 0)
+
+    def fill(self, slot: int, tokens: int) -> None:
+        """Give a slot zeros, as if they were so many tokens."""
+        memory = TwoHalves(self._graph.cache, 1, self._length)
+        self._held[slot] = (Rows(memory, 0, memory.values(0, 1, tokens), [slot], [0], tokens), 0)
 
     def release(self, slot: int) -> None:
-        """Forget what a slot holds. Its memory is free when no other row shares it."""
+        """Forget what a slot holds; its memory is free when the rows that it is tied to go on without it."""
         self._held.pop(slot, None)
 
     def close(self) -> None:
         """Give all memory back."""
         self._held.clear()
 
-    def _run(self, rows: _Rows, ids: np.ndarray) -> np.ndarray:
+    def _run(self, rows: Rows, ids: np.ndarray) -> np.ndarray:
         """Read ids INT64 [rows, time] and keep what comes out; FP32 [rows, 1 or time, vocabulary]."""
         graph = self._graph
-        time = ids.shape[1]
-        padding = np.array(rows.padding)[:, None]
-        feeds = {graph.input_ids.name: _value(graph.input_ids, ids), **self._constants}
-        if graph.attention_mask:
-            mask = np.arange(rows.tokens + time) >= padding
-            feeds[graph.attention_mask.name] = _value(graph.attention_mask, mask)
-        if graph.position_ids:
-            positions = np.arange(rows.tokens, rows.tokens + time) - padding
-            feeds[graph.position_ids.name] = _value(graph.position_ids, positions)
-        feeds.update(zip(graph.cache.past, rows.values, strict=True))
-        logits, *values = self._session.run_values(feeds, self._outputs)
-        grown = _Rows(values, rows.slots, rows.padding, rows.tokens + time)
-        for row, slot in enumerate(rows.slots):
-            self._held[slot] = (grown, row)
-        scores: np.ndarray = logits.numpy()
+        tokens = rows.tokens + ids.shape[1]
+        values = rows.memory.values(1 - rows.half, len(rows.slots), tokens)
+        binding = self._session.binding()
+        binding.bind_output(graph.logits.name)
+        for name, value in zip(graph.cache.present, values, strict=True):
+            binding.bind_ortvalue_output(name, value)
+        for name, value in zip(graph.cache.past, rows.values, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name, value in self._constants.items():
+            binding.bind_ortvalue_input(name, value)
+        self._bind_texts(binding, ids, np.array(rows.padding)[:, None], tokens)
+        self._session.run_bound(binding)
+        grown = Rows(rows.memory, 1 - rows.half, values, rows.slots, rows.padding, tokens)
+        self._held |= {slot: (grown, row) for row, slot in enumerate(rows.slots)}
+        scores: np.ndarray = binding.get_outputs_as_ortvaluevector()[0].numpy()
         return scores.reshape(len(ids), -1, scores.shape[-1]).astype(np.float32, copy=False)
 
-    def _together(self, slots: list[int], past: list[int]) -> _Rows:
+    def _bind_texts(self, binding: Any, ids: np.ndarray, padding: np.ndarray, tokens: int) -> None:
+        """Bind ids INT64 [rows, time], with padding INT64 [rows, 1]: what is new of texts of `tokens`."""
+        graph = self._graph
+        places = np.arange(tokens)
+        _bind_input(binding, graph.input_ids, ids)
+        if graph.attention_mask:
+            _bind_input(binding, graph.attention_mask, places >= padding)
+        if graph.position_ids:
+            _bind_input(binding, graph.position_ids, places[-ids.shape[1] :] - padding)
+
+    def _together(self, slots: list[int], past: list[int]) -> Rows:
         """The first `past` tokens of each slot in one tensor per layer and part; as they are, if so."""
-        held = [self._held.get(slot) if tokens else None for slot, tokens in zip(slots, past, strict=True)]
+        held = [self._held.get(slot) for slot in slots]
         first = held[0][0] if held[0] else None
         if (
             first is not None
@@ -138,39 +140,49 @@ class GrowingCache:
             and [first.tokens - padding for padding in first.padding] == past
         ):
             return first
-        tokens = max(past)
-        values = self._gather(held, past, tokens)
+        rows = self._gather(slots, held, past)
         self._keep_the_others(slots)
-        return _Rows(values, slots, [tokens - own for own in past], tokens)
+        rows.memory.trim(len(slots), rows.tokens)
+        return rows
 
-    def _gather(
-        self, held: Sequence[tuple[_Rows, int] | None], past: Sequence[int], tokens: int
-    ) -> list[Any]:
-        """New tensors of the first `past` tokens of each row, padded on the left to `tokens`."""
-        cache = self._graph.cache
-        values = []
-        for part in range(len(cache.past)):
-            array = np.empty(cache.shape(len(held), tokens), cache.dtype)
+    def _gather(self, slots: list[int], held: Sequence[Held | None], past: Sequence[int]) -> Rows:
+        """The first `past` tokens of each row, padded on the left, in memory that was free."""
+        for slot, of, own in zip(slots, held, past, strict=True):
+            if own and (of is None or own > of[0].length(of[1])):
+                raise InternalError(f"slot {slot} of the cache doesn't hold {own} tokens, as it should")
+        tokens = max(past)
+        memory, half = self._free_half(slots)
+        values = memory.values(half, len(slots), tokens)
+        for part, value in enumerate(values):
+            array = value.numpy()
             for row, (of, own) in enumerate(zip(held, past, strict=True)):
-                array[..., row, :, : tokens - own, :] = 0  # hidden, but NaN would get through
-                if of is not None:
-                    rows, index = of
-                    start = rows.padding[index]
-                    source = rows.values[part].numpy()[..., index, :, start : start + own, :]
+                array[..., row, :, : tokens - own, :] = 0  # it is hidden, but not if it were NaN
+                if of and own:
+                    start = of[0].padding[of[1]]
+                    source = of[0].values[part].numpy()[..., of[1], :, start : start + own, :]
                     array[..., row, :, tokens - own :, :] = source
-            values.append(OrtValue.ortvalue_from_numpy(array))
-        return values
+        return Rows(memory, half, values, slots, [tokens - own for own in past], tokens)
+
+    def _free_half(self, slots: Iterable[int]) -> tuple[TwoHalves, int]:
+        """Of the largest memory that these slots leave, or of a new one."""
+        wanted = len(list(slots))
+        left = [self._held[slot][0] for slot in slots if slot in self._held]
+        rows = max(left, key=lambda rows: rows.memory.rows, default=None)
+        if rows is not None and rows.memory.rows >= wanted:
+            return rows.memory, 1 - rows.half
+        return TwoHalves(self._graph.cache, 1 if wanted == 1 else self._slots, self._length), 0
 
     def _keep_the_others(self, slots: Iterable[int]) -> None:
-        """Give rows that these slots leave behind tensors of their own, so that the old ones can go."""
+        """Give rows that these slots leave behind memory of their own, so that the old one is free."""
         left = [self._held.pop(slot)[0] for slot in slots if slot in self._held]
         for rows in dict.fromkeys(left):
             for row, slot in enumerate(rows.slots):
                 if self._held.get(slot, (None, 0))[0] is rows:
-                    own = rows.tokens - rows.padding[row]
-                    values = self._gather([(rows, row)], [own], own)
-                    self._held[slot] = (_Rows(values, [slot], [0], own), 0)
+                    del self._held[slot]
+                    own = self._gather([slot], [(rows, row)], [rows.length(row)])
+                    self._held[slot] = (own, 0)
 
 
-def _value(feed: Feed, array: np.ndarray) -> Any:
-    return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, feed.dtype))
+def _bind_input(binding: Any, feed: Feed, array: np.ndarray) -> None:
+    value = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, feed.dtype))
+    binding.bind_ortvalue_input(feed.name, value)

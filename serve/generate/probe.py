@@ -96,8 +96,8 @@ class _Probe:
         if expected < everything and not 0 < touched <= expected:
             raise ModelLoadError(
                 f"the graph doesn't write its cache in place: {len(self._long)} tokens touched {touched} "
-                f"bytes, expected up to {expected}; remove parameter 'past_present_share_buffer', or export the "
-                "graph with GroupQueryAttention"
+                f"bytes, expected up to {expected}; remove parameter 'past_present_share_buffer', or export "
+                "the graph with GroupQueryAttention"
             )
 
     def _check_parts(self) -> float:
@@ -113,7 +113,7 @@ class _Probe:
                 raise ModelLoadError(
                     f"the graph answers differently when a text is read {how} instead of one: logits are "
                     f"{difference:.1e} of the largest apart, expected {_ROUNDED} at most; see that "
-                    "config.pbtxt names each present with its past, and the inputs that say how long the past is"
+                    "config.pbtxt names each present with its past, and the inputs that say how long it is"
                 )
         return max(apart.values())
 
@@ -121,6 +121,8 @@ class _Probe:
         length = self._runner.context_length
         self._cache.release(0)
         try:
+            if isinstance(self._cache, GrowingCache):
+                self._cache.fill(0, length - 1)
             self._cache.read(0, length - 1, [self._next])
         except ServeError as error:
             raise ModelLoadError(

@@ -72,7 +72,7 @@ class Runner:
 
     def _cache(self, session: Session) -> Cache:
         if not self.graph.in_place:
-            return GrowingCache(session, self.graph)
+            return GrowingCache(session, self.graph, self.slots, self.context_length)
         length = self.graph.cache_length or self.context_length
         if length < self.context_length:
             raise ModelLoadError(

@@ -182,7 +182,6 @@ class GenerationScheduler:
         for slot, prefix in list(self._slots.retained.items()):
             common = common_length(ids, prefix.ids, len(ids))
             if common == len(ids):
-                self._slots.touch(slot)
                 return []
             if common == len(prefix.ids):
                 self._slots.evict(slot)
@@ -193,11 +192,9 @@ class GenerationScheduler:
         while self._waiting and self._slots.fits(self._waiting[0].longest):
             sequence = self._waiting.popleft()
             match = self._match(sequence)
-            source = self._slots.retained.get(-1 if match.slot is None else match.slot)
-            if source is not None and match.slot is not None:
-                self._slots.touch(match.slot)
-            # A prefix of which the prompt has little in common stays for others, if there is another slot.
-            take_over = source is not None and match.coming is None and 2 * match.tokens >= len(source.ids)
+            prefix = None if match.slot is None else self._slots.retained.get(match.slot)
+            # One that the prompt has little in common with stays for others, if there is another slot.
+            take_over = prefix is not None and match.coming is None and 2 * match.tokens >= len(prefix.ids)
             sequence.slot = self._placement.place(step, sequence.longest, match.slot, take_over=take_over)
             self._running.append(sequence)
             if sequence.slot == match.slot:

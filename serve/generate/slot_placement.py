@@ -44,10 +44,12 @@ class SlotPlacement:
         Args:
             step: gets a copy if a prefix is moved out of the way.
             tokens: to reserve.
-            source: a retained slot that holds the beginning of the sequence's prompt.
+            source: holds the beginning of the sequence's prompt; None: nobody does.
             take_over: whether the source's own slot is wanted; it may be chosen anyway.
         """
         slots = self._slots
+        if source in slots.retained:
+            slots.touch(source)  # the latest: no other takes its place
         lo, hi = min(slots.live, default=slots.count), max(slots.live, default=-1)
 
         def cost(slot: int) -> tuple[int, bool, bool, int, int]:
@@ -58,7 +60,7 @@ class SlotPlacement:
 
         chosen = min((*slots.free, *slots.retained), key=cost)
         if chosen in slots.retained and chosen != source:
-            self._clear(step, chosen, keep=source)
+            self._clear(step, chosen)
         slots.take(chosen, tokens)
         return chosen
 
@@ -102,11 +104,11 @@ class SlotPlacement:
             step.copies.append(Copy(source, hole, row.cached))
         self._slots.move(source, hole)
 
-    def _clear(self, step: Step, slot: int, keep: int | None = None) -> None:
+    def _clear(self, step: Step, slot: int) -> None:
         """Free a retained slot; move the prefix as far from the live slots as there is place, or evict it.
 
-        Its place may be that of a prefix of less recent use, but not `keep`. What is too long to be copied in
-        this step loses its end.
+        Its place may be that of a prefix of less recent use. What is too long to be copied in this step loses
+        its end.
         """
         slots = self._slots
         prefix, room = slots.retained[slot], room_to_copy(step)
@@ -114,7 +116,7 @@ class SlotPlacement:
         places = [
             (place in slots.free, max(lo - place, place - hi), place)
             for place in (*slots.free, *slots.retained)
-            if not lo <= place <= hi and place != keep
+            if not lo <= place <= hi
             if place in slots.free or slots.retained[place].used < prefix.used
         ]
         if room < LEAST_REUSED or not places or not self._adjacent:

@@ -21,6 +21,7 @@ _LONGEST_CHARACTER = 4  # bytes of UTF-8
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # What decoders make of a token depends on its neighbours: whether there is one before it, to all we know.
 _CONTEXT = 4
+_MOST_PENDING = 16  # a text that ends in U+FFFD after each of so many tokens isn't waited for
 # The library's own errors are of type Exception, but it may also panic, which is none.
 _INTERRUPTS = (KeyboardInterrupt, SystemExit)
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token of the kind that takes any text
@@ -38,7 +39,7 @@ class Tokenizer:
     Attributes:
         vocabulary: number of tokens; a graph may have logits for more.
         longest_token_bytes: a text of more bytes than this times a number of tokens has more tokens, but for
-            what its normalizer takes away: it need not be encoded to be refused.
+            what a normalizer takes away and words that are unknown: it is refused without being encoded.
     """
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
@@ -153,6 +154,7 @@ class IncrementalDetokenizer:
         # Keeps the bytes of a character that is not complete; replaces as the Unicode Standard, 3.9, has it.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._pending: list[int] = []
+        self._shown = 0  # characters of what is pending
         self._context: list[int] = []
         for token in reversed(prompt_ids):
             if len(self._context) == _CONTEXT:
@@ -184,16 +186,19 @@ class IncrementalDetokenizer:
         return self._decode_pending(final=True) + self._utf8.decode(b"", final=True)
 
     def _decode_pending(self, *, final: bool) -> str:
-        """What tokens add to those before them; "", and they stay, if that may end in half a character."""
+        """What the tokens that wait add to those before them, all but what may be half a character."""
         if not self._pending:
             return ""
         before = self._tokenizer.decode(self._context)
         ids = self._context + self._pending
         text = self._tokenizer.decode(ids)[len(before) :]
-        if not final and text.endswith(_REPLACEMENT) and len(self._pending) < _LONGEST_CHARACTER:
-            return ""
-        self._context, self._pending = ids[-_CONTEXT:], []
-        return text
+        waits = not final and text.endswith(_REPLACEMENT) and len(self._pending) < _MOST_PENDING
+        new = text[self._shown : len(text) - waits]
+        if waits:
+            self._shown += len(new)
+        else:
+            self._context, self._pending, self._shown = ids[-_CONTEXT:], [], 0
+        return new
 
 
 def _decoders(library: tokenizers.Tokenizer) -> set[str]:

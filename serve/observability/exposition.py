@@ -98,11 +98,13 @@ def _model_metrics(versions: Sequence[tuple[ServedVersion, Counts]]) -> list[str
 
 
 def _generation_metrics(versions: Sequence[GenerationVersion]) -> list[str]:
+    if not versions:
+        return []
     lines: list[str] = []
     for name, text, gauge in _GENERATION_GAUGES:
         lines += _family(name, "gauge", text, [(_labels(v), gauge(v)) for v in versions])
     measured = [(version, version.metrics.families()) for version in versions]
-    for name, (kind, text, _) in measured[0][1].items() if measured else ():
+    for name, (kind, text, _) in measured[0][1].items():
         lines += _head(f"onnxedge_{name}", kind, text)
         for version, families in measured:
             lines += _samples(f"onnxedge_{name}", version, families[name][2])

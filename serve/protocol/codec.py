@@ -173,11 +173,20 @@ def encode_stream_response(response: InferResponse) -> bytes:
     return append_raw_contents(head, raw, wrapped_in=STREAM_RESPONSE_TAG)
 
 
-def encode_stream_error(identity: str, text: str) -> bytes:
-    """A serialized ModelStreamInferResponse that says why the request with this id failed."""
+def encode_stream_error(identity: str, text: str, failed_model: str = "") -> bytes:
+    """A serialized ModelStreamInferResponse that says why the request with this id failed.
+
+    Args:
+        identity: the request's id.
+        text: why.
+        failed_model: the model that had taken the request; "": none had, it was refused.
+    """
     # An empty text would make it a success.
     message = pb.ModelStreamInferResponse(error_message=text or "unknown error")
     message.infer_response.id = identity
+    if failed_model:
+        message.infer_response.model_name = failed_model
+        message.infer_response.parameters[FINAL_RESPONSE].bool_param = True
     return message.SerializeToString()
 
 

@@ -72,6 +72,7 @@ class DueMessages:
 
     def next(self) -> Due | None:
         """Take the message that is to be written now; None: none is due."""
+        self._turn()
         while self._due:
             due = self._due.popleft()
             if due[0] in self._open:

@@ -14,7 +14,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from serve.errors import CanceledError, InternalError, ServeError, UnavailableError
+from serve.errors import CanceledError, DeadlineExceededError, InternalError, ServeError, UnavailableError
 from serve.protocol import codec
 from serve.request import Call
 from serve.rpc.due_messages import DueMessages
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from serve.core import InferenceCore
-    from serve.request import InferRequest, InferResponse
+    from serve.request import InferResponse
     from serve.rpc.due_messages import Due
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class InferStream:
         self._status_on_error = _STATUS_ON_ERROR in metadata
         self._messages = DueMessages()
         self._reading = True
+        self._waits = False  # the transport's thread, for a message
         self._submitting: PendingAnswer | None = None
         self._draining = False
         self._closed = False
@@ -193,24 +194,16 @@ class InferStream:
             pending.id = request.id
             if pending.observed is not None:
                 pending.observed.parsed(request)
-            pending.decoupled = self._is_decoupled(request)
+            # Also of one that will refuse it.
+            pending.decoupled = core.repository.get(request.model_name, request.model_version).decoupled
             future = core.infer(request, pending.call, emit=partial(self._emit, pending))
-            pending.expect(future, partial(self._settled, pending))
+            pending.expect(future, request.model_name, partial(self._settled, pending))
         except ServeError as error:
             pending.id = pending.id or codec.request_id(data)
             pending.refuse(error.with_traceback(None))  # its frames hold the request
         except Exception as error:
             logger.exception("%s failed", STREAM_RPC)
             pending.refuse(InternalError(f"{STREAM_RPC}: {error!r}"))
-
-    def _is_decoupled(self, request: InferRequest) -> bool:
-        """Whether a request's model may answer more than once; also asked of one that will refuse it.
-
-        Raises:
-            ServeError: there is no such model.
-        """
-        version = self._core.repository.get(request.model_name, request.model_version)
-        return version.config.message.model_transaction_policy.decoupled
 
     def _submitted(self, pending: PendingAnswer) -> None:
         with self._changed:
@@ -231,6 +224,9 @@ class InferStream:
                 self._changed.notify_all()
 
     def _settled(self, pending: PendingAnswer) -> None:
+        # While the transport's thread is busy it will see by itself whose turn it is.
+        if not (pending.decoupled or self._waits):
+            return
         with self._changed:
             if self._messages.settled(pending):
                 self._changed.notify_all()
@@ -244,6 +240,7 @@ class InferStream:
             UnavailableError: the server stops.
         """
         with self._changed:
+            self._waits = True  # said before it looks: what is settled later is announced
             while (due := self._messages.next()) is None:
                 if self._closed:
                     return None
@@ -254,6 +251,7 @@ class InferStream:
                         self._closed = True
                         raise UnavailableError("the server is shutting down: go on with another stream")
                 self._changed.wait()
+            self._waits = False
             return due
 
     def _message(self, due: Due) -> bytes:
@@ -261,6 +259,7 @@ class InferStream:
 
         Raises:
             ServeError: the model's error, where the client wants it to be the stream's.
+            DeadlineExceededError: the model has seen the RPC's deadline pass.
         """
         pending, emitted = due
         if emitted is None and isinstance(pending.outcome, ServeError):
@@ -270,7 +269,9 @@ class InferStream:
         except ServeError as failure:
             error = failure.with_traceback(None)  # its frames hold the request, whose future holds it
         refusal = pending.refusal(error)
-        if self._status_on_error:
+        # Whoever sees the deadline pass first, gRPC or the model: it is the RPC's.
+        expired = pending.call.expired(time.monotonic()) and isinstance(error, DeadlineExceededError)
+        if self._status_on_error or expired:
             self._end(pending)
             raise error
         if emitted is not None:

@@ -64,13 +64,14 @@ class PendingAnswer:
         observed: what its trace and the access log learn of it; None where both are off.
     """
 
-    __slots__ = ("_held", "_sent_bytes", "call", "decoupled", "id", "observed", "outcome")
+    __slots__ = ("_held", "_model", "_sent_bytes", "call", "decoupled", "id", "observed", "outcome")
 
     def __init__(self, call: Call, admission: Admission, unwritten: Unwritten) -> None:
         self.id = ""
         self.call = call
         self.decoupled = False
         self.outcome: Future[InferResponse] | ServeError | None = None
+        self._model = ""  # that took it
         self._sent_bytes = 0
         self.observed: Observed | None = None
         self._held = _Held(admission, unwritten)
@@ -94,9 +95,10 @@ class PendingAnswer:
         self.outcome = error
         self._held.answered(0)
 
-    def expect(self, future: Future[InferResponse], settled: Callable[[], None]) -> None:
+    def expect(self, future: Future[InferResponse], model: str, settled: Callable[[], None]) -> None:
         """A model is going to answer, and `settled` is called once it has, for the last time."""
         self.outcome = future
+        self._model = model
         # The future keeps its callbacks: one of this object's would make a cycle, with an answer in it.
         self._held.settled = settled
         future.add_done_callback(self._held.done)
@@ -131,7 +133,7 @@ class PendingAnswer:
         logger.debug("%s: %s: %s", STREAM_RPC, error.code, error)
         if self.observed is not None:
             self.observed.failed(error.code, str(error))
-        return codec.encode_stream_error(self.id, str(error))
+        return codec.encode_stream_error(self.id, str(error), self._model)
 
     def emitted(self, response: InferResponse) -> None:
         """An answer before the last one waits to be written."""

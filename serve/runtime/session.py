@@ -195,20 +195,6 @@ class Session:
         except Exception as error:
             raise InternalError(f"onnxruntime: {first_line(error)}") from error
 
-    def run_values(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
-        """Run the graph once, from OrtValues to OrtValues: what comes out can go in again without a copy.
-
-        Raises:
-            InternalError: the graph failed, or the session is closed.
-        """
-        session = self._session
-        if session is None:
-            raise InternalError("the model's session is closed")
-        try:
-            return session.run_with_ort_values(outputs, inputs, self._bound_options)  # type: ignore[no-any-return] # untyped
-        except Exception as error:
-            raise InternalError(f"onnxruntime: {first_line(error)}") from error
-
     def _run_options(self) -> Any:
         options = ort.RunOptions()
         if self._arena_shrinkage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import random
+import shutil
 import threading
 import time
 from concurrent.futures import Future
@@ -14,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from serve.errors import InternalError, InvalidArgumentError, ServeError, UnavailableError, UnsupportedError
+from serve.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    ServeError,
+    UnavailableError,
+    UnsupportedError,
+)
 from serve.model.answers import give
 from serve.model_repository.repository import Repository
-from serve.pb import grpc_service_pb2 as pb
-from serve.pb import model_config_pb2
 from serve.protocol.datatypes import DATATYPES
 from serve.request import Call, InferRequest, InferResponse, SharedArea, Tensor
 from serve.rpc import infer_stream, stream
@@ -44,6 +50,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from serve.core import InferenceCore
+    from serve.pb import grpc_service_pb2 as pb
     from serve.settings import ServerSettings
 
 
@@ -63,16 +70,10 @@ class Conversation:
         return InferResponse("talker", "1", self._id, (tensor,), {"triton_final_response": final})
 
 
-class Config:
-    message = model_config_pb2.ModelConfig(
-        name="talker", model_transaction_policy=model_config_pb2.ModelTransactionPolicy(decoupled=True)
-    )
-
-
 class Talker:
     """A decoupled model with a thread of its own, which says what it is told to, by the requests' ids."""
 
-    name, version, config, shares_runs = "talker", 1, Config(), False
+    name, version, decoupled, shares_runs = "talker", 1, True, False
 
     def __init__(self) -> None:
         self.open: dict[str, Conversation] = {}
@@ -146,8 +147,17 @@ class RepositoryWithTalker(Repository):
 
 
 @pytest.fixture(scope="module")
-def core(repository: Path) -> Iterator[InferenceCore]:
-    core = make_core(repository, RepositoryWithTalker)
+def few(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models that are asked here alone: they are loaded again and again."""
+    root = tmp_path_factory.mktemp("few")
+    for name in ("versions", "slow", "gather"):
+        shutil.copytree(repository / name, root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def core(few: Path) -> Iterator[InferenceCore]:
+    core = make_core(few, RepositoryWithTalker)
     yield core
     core.close()
 
@@ -182,13 +192,15 @@ def connected(core: InferenceCore, *arguments: Any, **options: Any) -> Client:
 
 
 def heard(answer: pb.ModelStreamInferResponse) -> tuple[str, Any, bool | None]:
-    """An answer's id, its first value or its error, and whether it is its request's last."""
+    """An answer's id, its first value or its error, and whether it is its request's last; None: refused."""
     response = answer.infer_response
+    parameters = {name: value.bool_param for name, value in response.parameters.items()}
+    last = parameters.pop("triton_final_response", None)
+    assert not parameters
     if answer.error_message:
-        assert response == pb.ModelInferResponse(id=response.id)
-        return response.id, answer.error_message, None
-    value = float(np.frombuffer(response.raw_output_contents[0], np.float32)[0])
-    return response.id, value, response.parameters["triton_final_response"].bool_param
+        assert not response.outputs
+        return response.id, answer.error_message, last
+    return response.id, float(np.frombuffer(response.raw_output_contents[0], np.float32)[0]), last
 
 
 def test_each_answer_is_written_as_it_comes_and_the_last_says_so(core: InferenceCore, talker: Talker) -> None:
@@ -248,7 +260,7 @@ def test_an_error_ends_its_request_and_no_other(core: InferenceCore, talker: Tal
     talker.end("b", 2)
     client.half_close()
     assert [heard(answer) for answer in client.rest()] == [
-        ("a", 1, False), ("b", 1, False), ("a", "the graph failed", None), ("b", 2, True),
+        ("a", 1, False), ("b", 1, False), ("a", "the graph failed", True), ("b", 2, True),
     ]  # fmt: skip
 
 
@@ -311,6 +323,25 @@ def test_the_rpcs_deadline_is_each_requests(core: InferenceCore, talker: Talker)
     client.rest()
 
 
+def test_a_deadline_that_a_model_sees_pass_is_the_streams_status(core: InferenceCore, talker: Talker) -> None:
+    client = Client(core, deadline=time.monotonic())
+    client.send(talk("a"), scaled(1, "b"))
+    with pytest.raises(DeadlineExceededError):
+        client.receive()
+    assert talker.open["a"].call.cancelled
+    client.vanish()
+
+
+def test_a_request_that_would_end_too_late_ends_alone(core: InferenceCore, talker: Talker) -> None:
+    client = connected(core, deadline=time.monotonic() + 1000)
+    client.send(talk("a"), talk("b"))
+    talker.fail("a", DeadlineExceededError("it would take an hour"))
+    assert heard(client.receive()) == ("a", "it would take an hour", True)
+    talker.end("b", 1)
+    client.half_close()
+    assert [heard(answer) for answer in client.rest()] == [("b", 1, True)]
+
+
 def test_both_kinds_of_requests_count_as_pending(core: InferenceCore, talker: Talker) -> None:
     client = connected(core)
     client.send(*(talk(f"t{i}") for i in range(MAX_PENDING // 2)))
@@ -341,10 +372,10 @@ def test_a_model_does_not_wait_for_a_client_that_does_not_read(core: InferenceCo
 
 @pytest.mark.parametrize("why", ["long", "much"])
 def test_a_client_that_reads_nothing_has_its_requests_cancelled(
-    repository: Path, monkeypatch: pytest.MonkeyPatch, why: str
+    few: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     monkeypatch.setattr(stream, "WATCH_SECONDS", 0.01)
-    core = make_core(repository, RepositoryWithTalker)
+    core = make_core(few, RepositoryWithTalker)
     talker = talker_of(core)
     if why == "long":
         monkeypatch.setattr(infer_stream, "LONGEST_WRITE_SECONDS", 0.0)
@@ -368,8 +399,8 @@ def test_a_client_that_reads_nothing_has_its_requests_cancelled(
     core.close()
 
 
-def test_a_drain_waits_for_the_last_answers(repository: Path) -> None:
-    core = make_core(repository, RepositoryWithTalker)
+def test_a_drain_waits_for_the_last_answers(few: Path) -> None:
+    core = make_core(few, RepositoryWithTalker)
     talker = talker_of(core)
     client = connected(core)
     client.send(talk("a"))
@@ -390,8 +421,8 @@ def test_a_drain_waits_for_the_last_answers(repository: Path) -> None:
     core.close()
 
 
-def test_a_request_has_one_line_in_the_access_log_at_its_end(repository: Path, tmp_path: Path) -> None:
-    core = make_core(repository, RepositoryWithTalker, access_log=str(tmp_path / "access.log"))
+def test_a_request_has_one_line_in_the_access_log_at_its_end(few: Path, tmp_path: Path) -> None:
+    core = make_core(few, RepositoryWithTalker, access_log=str(tmp_path / "access.log"))
     talker = talker_of(core)
     client = connected(core)
     client.send(talk("a"), talk("b"), talk("c"))

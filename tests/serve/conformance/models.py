@@ -88,7 +88,7 @@ def counter() -> GraphProto:
     constants = [
         helper.make_tensor("one", TensorProto.INT64, [], [1]),
         helper.make_tensor("depth", TensorProto.INT64, [], [_COUNTS_TO]),
-        helper.make_tensor("scores", TensorProto.FLOAT, [2], [0, 1]),
+        helper.make_tensor("scores", TensorProto.FLOAT, [2], [0, 1000]),
         helper.make_tensor("axes", TensorProto.INT64, [2], [1, 3]),
     ]
     ids = info("input_ids", ["batch", "time"], TensorProto.INT64)

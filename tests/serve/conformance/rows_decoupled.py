@@ -26,9 +26,11 @@ LONG = 150_000  # tokens: seconds, so that only a cancellation ends it
 
 
 def count(tokens: int, identity: str = "", *, first: int = 0, **options: Any) -> Any:
-    """A request for `tokens` tokens after `first`: one more each."""
-    inputs = (given("input_ids", "INT64", [1]), given("max_tokens", "INT32", [1]))
-    raw = [np.int64(first).tobytes(), np.int32(tokens).tobytes()]
+    """A request for `tokens` tokens after `first`, one answer each: always one more."""
+    inputs = (
+        given("input_ids", "INT64", [1]), given("max_tokens", "INT32", [1]), given("stream", "BOOL", [1]),
+    )  # fmt: skip
+    raw = [np.int64(first).tobytes(), np.int32(tokens).tobytes(), b"\1"]
     return message("counter", *inputs, raw=raw, id=identity, **options)
 
 
@@ -39,8 +41,11 @@ def wrong(identity: str) -> Any:
 
 def by_client(tokens: int) -> dict[str, Any]:
     """The same request by tritonclient."""
-    ids, limit = np.array([0]), np.array([tokens], np.int32)
-    inputs = [tensor("input_ids", ids, "INT64"), tensor("max_tokens", limit, "INT32")]
+    limit, stream_tokens = np.array([tokens], np.int32), np.array([True])
+    inputs = [
+        tensor("input_ids", np.array([0]), "INT64"), tensor("max_tokens", limit, "INT32"),
+        tensor("stream", stream_tokens, "BOOL"),
+    ]  # fmt: skip
     return {"model_name": "counter", "inputs": inputs}
 
 
@@ -171,7 +176,7 @@ def _(servers: Servers) -> Any:
 
 @row("6", "stream", "a deadline amid a decoupled model's answers", "DEADLINE_EXCEEDED")
 def _(servers: Servers) -> Any:
-    return list(servers.stub().ModelStreamInfer(iter([count(LONG)]), timeout=0.3))
+    return len(list(servers.stub().ModelStreamInfer(iter([count(LONG)]), timeout=0.3)))
 
 
 @row(

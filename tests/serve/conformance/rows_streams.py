@@ -91,6 +91,13 @@ def _(servers: Servers) -> Any:
     return [field.name for field, _ in answer.infer_response.ListFields()]
 
 
+@row("6", "stream", "beside the error_message of a run that failed: the id, the model, and that it was final",
+     fact=("a", "gather", True))  # fmt: skip
+def _(servers: Servers) -> Any:
+    (answer,) = stream(servers, [gather(9, "a")])
+    return answer.infer_response.id, answer.infer_response.model_name, _final(answer)
+
+
 def _final(answer: Any) -> Any:
     found = answer.infer_response.parameters.get("triton_final_response")
     return None if found is None else found.bool_param

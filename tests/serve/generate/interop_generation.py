@@ -128,7 +128,7 @@ def everything(client: Any, url: str) -> dict[str, Any]:
 def forever(client: Any) -> None:
     """Say when the first token of an endless text is there, then wait to be killed."""
     first = threading.Event()
-    client.start_stream(lambda _result, _error: first.set())
+    client.start_stream(lambda result, error: first.set())  # noqa: ARG005 - named so by the client
     client.async_stream_infer("gpt", text_inputs(FOREVER))
     assert first.wait(60)
     print("generating", flush=True)

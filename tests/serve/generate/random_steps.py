@@ -61,6 +61,8 @@ class RandomSteps:
     Attributes:
         done: the sequences that are complete.
         steps: how many were run.
+        most_rows: of one decode run.
+        reused: tokens that were not read, because another had read them.
     """
 
     def __init__(self, runner: Runner, seed: int) -> None:
@@ -70,7 +72,7 @@ class RandomSteps:
         self._prefixes: dict[int, list[int]] = {}
         self.running: list[Sequence] = []
         self.done: list[Sequence] = []
-        self.steps = 0
+        self.steps = self.most_rows = self.reused = 0
 
     def generate(self, waiting: list[Sequence]) -> None:
         """Until all are done."""
@@ -82,6 +84,7 @@ class RandomSteps:
             self._choose(step)
             advance(self._runner, step)
             self.steps += 1
+            self.most_rows = max(self.most_rows, len(step.decode))
             self._finish()
 
     def _admit(self, new: Sequence, step: Step) -> None:
@@ -91,12 +94,13 @@ class RandomSteps:
             step.released.append(new.slot)
         elif kept is not None:
             new.cached = common(kept, new.ids)
-        sources = {other.slot: other.ids[: other.cached] for other in self.running}
-        for slot, ids in {**sources, **self._prefixes}.items():
+        sources = [(of.slot, of.ids[: of.cached]) for of in self.running if of.slot is not None]
+        for slot, ids in (*sources, *self._prefixes.items()):
             shared = common(ids, new.ids)
-            if slot is not None and shared > new.cached:
+            if shared > new.cached:
                 step.copies.append(Copy(slot, new.slot, shared))
                 new.cached = shared
+        self.reused += new.cached
         self.running.append(new)
 
     def _choose(self, step: Step) -> None:

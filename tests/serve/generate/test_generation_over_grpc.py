@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from google.protobuf import json_format, text_format
+from prometheus_client.parser import text_string_to_metric_families
 
+from serve.pb import grpc_service_pb2 as pb
+from serve.pb import model_config_pb2
 from tests.serve.generate.conftest import ALPHABET, config
 from tests.serve.generate.generation_client import Stream, ask, greedy, is_final, output, stub_of
 
@@ -43,7 +47,9 @@ def stub(server: RunningServer) -> Iterator[Any]:
 
 
 def samples(server: RunningServer) -> dict[str, float]:
-    lines = [line for line in server.metrics().splitlines() if not line.startswith("#")]
+    text = server.metrics()
+    assert list(text_string_to_metric_families(text)), "not Prometheus text"
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
     return {key: float(value) for key, value in (line.rsplit(" ", 1) for line in lines)}
 
 
@@ -153,12 +159,13 @@ def test_limits_are_refused_before_work_starts(stub: Any, fields: dict[str, Any]
 def test_a_full_queue_is_refused(server: RunningServer, stub: Any) -> None:
     waiting = 'onnxedge_num_requests_waiting{model="small",version="1"}'
     held = ask("small", text_input="a", max_tokens=ENDLESS, stream=True, ignore_eos=True)
-    with Stream(stub, held) as first, Stream(stub, held) as second, Stream(stub, held):
+    with Stream(stub, held) as first, Stream(stub, held) as second:
         assert next(first.call)
         assert next(second.call)
-        eventually(lambda: samples(server)[waiting] == 1)
-        with Stream(stub, held) as fourth:
-            assert "1 sequences wait" in next(fourth.call).error_message.replace("requests", "sequences")
+        with Stream(stub, held):
+            eventually(lambda: samples(server)[waiting] == 1)
+            with Stream(stub, held) as fourth:
+                assert "Exceeds maximum queue size" in next(fourth.call).error_message
     eventually(lambda: samples(server)[RUNNING.replace("gpt", "small")] == 0)
 
 
@@ -179,7 +186,13 @@ def test_a_text_ends_at_the_end_token_at_a_stop_text_or_at_its_length(
 
 
 def test_no_answer_ends_in_half_a_character(stub: Any) -> None:
-    request = {"text_input": "naïve ☃", "max_tokens": 300, "temperature": 1.5, "seed": 5, "stream": True}
+    request: dict[str, Any] = {
+        "text_input": "naïve ☃",
+        "max_tokens": 300,
+        "temperature": 1.5,
+        "seed": 5,
+        "stream": True,
+    }
     with Stream(stub, ask("bytes", outputs=("text_output", "output_ids"), **request)) as stream:
         answers = list(stream)
     parts = [output(answer, "text_output") for answer in answers]  # each is valid UTF-8, or this raises
@@ -294,6 +307,24 @@ def test_a_twin_and_its_model_are_loaded_in_any_order(explicit: Any, generation_
         assert state(stub, "gpt_unary") == "READY"
 
 
+def test_a_model_may_come_with_the_request_that_loads_it(
+    explicit: Any, generation_repository: Path, generation_graph: Path
+) -> None:
+    server, _ = explicit
+    folder = generation_repository / "once"
+    configured = text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    request = pb.RepositoryModelLoadRequest(model_name="sent")
+    request.parameters["config"].string_param = json_format.MessageToJson(configured)
+    for name in ("model.onnx", "tokenizer.json"):
+        request.parameters[f"file:1/{name}"].bytes_param = (folder / "1" / name).read_bytes()
+    channel, stub = stub_of(server.url)
+    with channel:
+        stub.RepositoryModelLoad(request)
+        asked = ask("sent", text_input=PROMPT, max_tokens=3, exclude_input_in_output=True)
+        text = output(stub.ModelInfer(asked), "text_output")
+    assert text == decode(greedy(generation_graph, encode(PROMPT), 3))
+
+
 def load(stub: Any, name: str) -> None:
     stub.RepositoryModelLoad(message("RepositoryModelLoadRequest", model_name=name))
 
@@ -303,14 +334,13 @@ def unload(stub: Any, name: str) -> None:
 
 
 def message(kind: str, **fields: Any) -> Any:
-    from serve.pb import grpc_service_pb2  # noqa: PLC0415 - one use
-
-    return getattr(grpc_service_pb2, kind)(**fields)
+    return getattr(pb, kind)(**fields)
 
 
 def state(stub: Any, name: str) -> str:
     models = stub.RepositoryIndex(message("RepositoryIndexRequest")).models
-    return next(model.state for model in models if model.name == name)
+    found: str = next(model.state for model in models if model.name == name)
+    return found
 
 
 def test_sigterm_lets_a_text_end(serve: Start, generation_repository: Path, generation_graph: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_long_prompt_is_read_although_short_ones_keep_coming() -> None:
     (long,) = add(cached, sequence(TEXT[:200]))
     taken = 0
     while long.generated == 0:
-        add(cached, sequence([3] * 10))
+        add(cached, sequence([taken] * 10))
         step(cached)
         taken += 1
     assert taken <= 4 * 200 / 10 + 8
@@ -274,6 +274,17 @@ def test_what_another_prefix_begins_with_is_not_kept_twice() -> None:
         add(cached, sequence([*TEXT[:length]]))
         step(cached)
     assert [len(prefix.ids) for prefix in cached.scheduler._slots.retained.values()] == [100]
+
+
+def test_what_goes_on_replaces_its_beginning() -> None:
+    cached = cache()
+    short, long = add(cached, sequence(TEXT[:50]), sequence(TEXT[:100], 3))
+    while not short.generated:
+        step(cached)
+    assert long.slot is not None
+    while long.slot is not None:
+        step(cached)
+    assert [len(prefix.ids) for prefix in cached.scheduler._slots.retained.values()] == [102]
 
 
 def test_the_least_recently_used_prefix_gives_way() -> None:
@@ -394,6 +405,34 @@ def test_one_move_a_step_and_no_prefix_among_the_rows() -> None:
         assert not any(slots[0] < slot < slots[-1] for slot in cached.scheduler._slots.retained)
     assert slots[-1] - slots[0] + 1 == len(slots) == 5
     assert len(cached.scheduler._slots.retained) == 3, "prefixes were moved out of the way, not lost"
+
+
+def test_a_prefix_in_the_way_of_a_new_sequence_is_moved() -> None:
+    cached = cache(slots=8, adjacent_rows=True)
+    _, ends, _ = add(
+        cached, *(sequence([number] * 20, tokens) for number, tokens in enumerate((400, 9, 400)))
+    )
+    while not ends.generated or ends.slot is not None:
+        step(cached)
+    assert list(cached.scheduler._slots.retained) == [1]
+    (new,) = add(cached, sequence([5] * 20))
+    assert step(cached).copies == [Copy(1, 7, 28)]
+    assert new.slot == 1
+    assert list(cached.scheduler._slots.retained) == [7]
+
+
+def test_a_later_prefix_takes_the_place_of_an_earlier_one() -> None:
+    cached = cache(slots=4, adjacent_rows=True)
+    first, second, third, fourth = add(
+        cached, *(sequence([number] * 20, tokens) for number, tokens in enumerate((400, 9, 400, 1)))
+    )
+    while not second.generated or second.slot is not None:
+        step(cached)
+    assert fourth.generated == 1
+    assert (first.slot, third.slot) == (0, 2)
+    assert sorted(cached.scheduler._slots.retained) == [1, 3]
+    assert step(cached).copies == [Copy(1, 3, 28), Copy(2, 1, third.cached - 1)]
+    assert cached.scheduler._slots.retained[3].ids[0] == 1
 
 
 def test_the_check_finds_a_sequence_without_its_slot() -> None:

@@ -28,6 +28,7 @@ from serve.model.statistics import statistics_message
 from serve.model_repository.repository import Repository
 from serve.protocol.codec import decode_infer_request
 from serve.request import Call, InferRequest, InferResponse
+from serve.runtime.cores import usable_cores
 from serve.settings import ServerSettings
 from tests.graphs import scaled, write_model
 from tests.serve.generate.conftest import (
@@ -114,6 +115,19 @@ def test_a_graph_with_a_cache_becomes_a_model_that_generates(
     assert version.memory_bytes > 0
     assert version.placement
     assert version.properties["execution_providers"] == "CPUExecutionProvider"
+
+
+def test_one_run_at_a_time_has_all_cores_and_its_threads_wait_awake(make: Make, folder: Path) -> None:
+    core = make(folder, "gpt")
+    settings = core.repository.get("gpt")._session.settings  # type: ignore[attr-defined] # GenerationVersion's
+    assert (settings.instances, settings.intra_op_threads) == (1, usable_cores())
+    spinning = {"session.intra_op.allow_spinning": "1", "session.force_spinning_stop": "1"}
+    assert settings.entries == spinning
+    with (folder / "gpt" / "config.pbtxt").open("a") as stream:
+        stream.write(parameter("session.intra_op.allow_spinning", 0))
+    core.repository.load_model("gpt")
+    settings = core.repository.get("gpt")._session.settings  # type: ignore[attr-defined] # as above
+    assert settings.entries == {**spinning, "session.intra_op.allow_spinning": "0"}
 
 
 def test_the_golden_rows_are_run(make: Make, folder: Path, generation_graph: Path) -> None:

@@ -285,6 +285,28 @@ def test_masked_tokens_are_never_taken(parameters: dict[str, Any], mask: float) 
     assert tokens <= {0, *range(90, 100)}
 
 
+@pytest.mark.parametrize("extreme", [0.0, math.nextafter(1, 0)])
+@pytest.mark.parametrize("parameters", [{}, {"top_k": 10}, {"top_p": 0.999999}])
+def test_no_random_number_leads_to_a_masked_token(parameters: dict[str, Any], extreme: float) -> None:
+    logits = np.full(10, -np.inf, np.float32)
+    logits[3:5] = 1.0
+    chooser = _Sampler(SamplingParameters(**parameters), ())
+
+    class Extreme:
+        @staticmethod
+        def random() -> float:
+            return extreme
+
+    chooser._random = Extreme()  # type: ignore[assignment]
+    assert chooser.next(logits, PROMPT, 3) == (4 if extreme else 3)
+
+
+def test_a_penalty_beyond_all_numbers_leaves_the_token_the_likeliest() -> None:
+    logits = random_logits(0, 100)
+    logits[7] = 100
+    assert next_token(SamplingParameters(repetition_penalty=1e-37), logits, [1, 2, 7]) == 7
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [

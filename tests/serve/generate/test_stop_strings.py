@@ -31,8 +31,8 @@ def beginning(text: str, stops: list[str]) -> int:
 
 
 @given(text=SHORT, stops=STOPS, cuts=st.lists(st.integers(0, 40)), include=st.booleans())
-@example("aab", ["aab"], [1, 2], include=False)
-@example("abab한", ["ababa", "b한"], [4], include=False)
+@example(text="aab", stops=["aab"], cuts=[1, 2], include=False)
+@example(text="abab한", stops=["ababa", "b한"], cuts=[4], include=False)
 @settings(max_examples=1000, deadline=None)
 def test_stops_are_found_as_in_the_whole_text(
     text: str, stops: list[str], cuts: list[int], *, include: bool
