@@ -45,7 +45,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  { echo "$(TORCH) could not be had: name the folder of a wheel with PIP_FIND_LINKS=..., or another"; \
 	    echo "index with make TORCH_INDEX=..."; exit 1; }
 	@echo "== installing onnxedge and the tools"
-	@$(PIP) install -c constraints.txt --group dev -e '.[images]' | $(COUNT)
+	@$(PIP) install -c constraints.txt --group dev -e '.[images,text]' | $(COUNT)
 	@touch $@
 
 # The checkpoint is there after every epoch, so only the stamp says that training has ended.

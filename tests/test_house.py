@@ -90,7 +90,7 @@ def test_serve_loads_neither_torch_nor_onnx() -> None:
 import importlib, sys
 for name in {sorted(m for m in modules() if m.startswith("serve"))!r}:
     importlib.import_module(name)
-print([n for n in ("torch", "onnx", "train", "export", "PIL") if n in sys.modules])
+print([n for n in ("torch", "onnx", "train", "export", "PIL", "tokenizers") if n in sys.modules])
 """
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True

@@ -67,11 +67,10 @@ def _(
 class CachedGPT(nn.Module):
     """A language model that reads on where it stopped; on the CPU, in evaluation mode.
 
-    Each row of a batch is a text of its own, at a length of its own. A row with fewer new tokens than `time`
-    is padded on the right with any ids: no real token sees the padding, whose keys and values land after the
-    row's tokens in the cache, where the next tokens overwrite them. The caller counts the real ones, takes
-    the logits at the last of them, and keeps past length plus `time` within `cache`, of padded rows too, and
-    `cache` within the model's context.
+    Each row of a batch is a text of its own, at a length of its own; past length plus `time` stays within
+    `cache`, and `cache` within the model's context. Only the last token's logits are computed: nobody asks
+    for those of a prompt's other tokens, which took 40 % of a chunk's time (256 tokens, 12 layers of 768,
+    4 bits).
 
     onnxruntime's operator takes several rows of several tokens only where all caches are empty: read a
     prompt's later chunks row by row. (One token each, and one row alone, it takes at any past length.)
@@ -124,7 +123,8 @@ class CachedGPT(nn.Module):
                 past length doesn't matter.
 
         Returns:
-            Logits FP32 [batch, time, vocabulary] of each next token, and the caches with the new tokens.
+            Logits FP32 [batch, 1, vocabulary] of what follows the last token, and the caches with the new
+            tokens.
         """
         states, *present = self.hidden(ids, past_length, *past)
-        return self.gpt.logits(states), *present
+        return self.gpt.logits(states[:, -1:]), *present

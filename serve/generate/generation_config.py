@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from serve.errors import ModelLoadError
+from serve.generate.decoder_graph import PARAMETERS as GRAPH_PARAMETERS
 from serve.generate.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -18,11 +19,6 @@ CACHE_NAMES = ("past_key_names", "past_names")
 MARKS = (*CACHE_NAMES, GENERATION_MODEL)
 """A config with one of these parameters is a generation model's, or its twin's."""
 
-_GRAPH_PARAMETERS = (
-    "input_ids", "attention_mask", "position_ids", "past_length", "logits",
-    "past_key_names", "past_value_names", "present_key_names", "present_value_names",
-    "past_names", "present_names", "past_present_share_buffer",
-)  # fmt: skip
 _COUNTS = (
     "context_length", "max_prompt_length", "default_max_tokens", "max_num_seqs", "kv_cache_memory_bytes",
     "max_num_batched_tokens", "max_queue_size",
@@ -31,7 +27,7 @@ _PREFIX_CACHING = "enable_prefix_caching"
 _EOS = "eos_token_id"
 _CACHE_BYTES = "kv_cache_memory_bytes"
 
-PARAMETERS = (GENERATION_MODEL, *_GRAPH_PARAMETERS, *_COUNTS, _PREFIX_CACHING, _EOS)
+PARAMETERS = (GENERATION_MODEL, *GRAPH_PARAMETERS, *_COUNTS, _PREFIX_CACHING, _EOS)
 """The names of all parameters of a generation model."""
 
 _CACHE_SHARE = 4  # of the memory that the process may use, for a model's cache

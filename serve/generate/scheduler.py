@@ -194,7 +194,7 @@ class GenerationScheduler:
             match = self._match(sequence)
             prefix = None if match.slot is None else self._slots.retained.get(match.slot)
             # One that the prompt has little in common with stays for others, if there is another slot.
-            take_over = prefix is not None and match.coming is None and 2 * match.tokens >= len(prefix.ids)
+            take_over = prefix is not None and 2 * match.tokens >= len(prefix.ids)
             sequence.slot = self._placement.place(step, sequence.longest, match.slot, take_over=take_over)
             self._running.append(sequence)
             if sequence.slot == match.slot:

@@ -119,7 +119,7 @@ class SlotPlacement:
             if not lo <= place <= hi
             if place in slots.free or slots.retained[place].used < prefix.used
         ]
-        if room < LEAST_REUSED or not places or not self._adjacent:
+        if room < LEAST_REUSED or not places:
             slots.evict(slot)
             return
         _, _, target = max(places)

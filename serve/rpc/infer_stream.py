@@ -14,23 +14,20 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from serve.errors import CanceledError, DeadlineExceededError, InternalError, ServeError, UnavailableError
+from serve.errors import CanceledError, DeadlineExceededError, InternalError, ServeError
 from serve.protocol import codec
 from serve.request import Call
-from serve.rpc.due_messages import DueMessages
+from serve.rpc.due_messages import MAX_PENDING, DueMessages
 from serve.rpc.pending_answer import STREAM_RPC, PendingAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from serve.core import InferenceCore
-    from serve.request import InferResponse
     from serve.rpc.due_messages import Due
 
 logger = logging.getLogger(__name__)
 
-# Requests of one stream that are read but not answered; then the client has to wait, too.
-MAX_PENDING = 32
 # How long the client may take for one answer, beside what a link of 1 Mbit/s takes for its bytes; the second
 # is for when the server stops.
 LONGEST_WRITE_SECONDS = 20.0
@@ -65,14 +62,9 @@ class InferStream:
         self._peer = peer
         self._metadata = metadata
         self._status_on_error = _STATUS_ON_ERROR in metadata
-        self._messages = DueMessages()
-        self._reading = True
-        self._waits = False  # the transport's thread, for a message
-        self._submitting: PendingAnswer | None = None
+        self._messages = DueMessages(core.streams.unwritten)
         self._draining = False
-        self._closed = False
         self._write_due = math.inf  # when the answer that is being written should have been
-        self._changed = threading.Condition(threading.Lock())
 
     def answers(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Answer each request, until the client sends no more.
@@ -91,7 +83,7 @@ class InferStream:
         """
         threading.Thread(target=self._read, args=(requests,), name="stream-reader", daemon=True).start()
         try:
-            while (due := self._next()) is not None:
+            while (due := self._messages.next()) is not None:
                 message = self._message(due)
                 self._write_due = time.monotonic() + len(message) / _SLOWEST_LINK_BYTES_PER_SECOND
                 yield message
@@ -102,9 +94,8 @@ class InferStream:
 
     def drain(self) -> None:
         """Have the stream end as soon as nothing waits for an answer."""
-        with self._changed:
-            self._draining = True
-            self._changed.notify_all()
+        self._draining = True
+        self._messages.drain()
 
     def end_if_stuck(self) -> None:
         """Cancel the RPC if its client has not taken an answer for too long, or leaves too many of them."""
@@ -129,11 +120,7 @@ class InferStream:
         self._on_close(self)
 
     def _abandon(self) -> None:
-        with self._changed:
-            self._closed = True
-            abandoned = self._messages.close_all(but=self._submitting)
-            self._changed.notify_all()
-        for pending in abandoned:
+        for pending in self._messages.close():
             self._give_up(pending)
 
     def _give_up(self, pending: PendingAnswer) -> None:
@@ -145,41 +132,21 @@ class InferStream:
     # The reader's thread
 
     def _read(self, requests: Iterator[bytes]) -> None:
+        core, messages = self._core, self._messages
         try:
-            while self._wait_for_room():
+            while messages.wait_for_room():
                 data = next(requests, None)
-                pending = None if data is None else self._take()
-                if data is None or pending is None:
+                if data is None:
+                    break
+                pending = PendingAnswer(Call(self._deadline), core.admission, core.streams.unwritten)
+                if not messages.take(pending):
                     break
                 self._submit(pending, data)
-                self._submitted(pending)
+                if not messages.submitted(pending):
+                    self._give_up(pending)
         except Exception:  # noqa: BLE001 - the transport's own, of any kind: the client has gone
             self._abandon()
-        with self._changed:
-            self._reading = False
-            self._changed.notify_all()
-
-    def _wait_for_room(self) -> bool:
-        """Wait while enough is pending, or the server stops; False when no more are to be read."""
-        with self._changed:
-            while self._full() and not self._closed:
-                self._changed.wait()
-            return not self._closed
-
-    def _full(self) -> bool:
-        if self._draining or len(self._messages) >= MAX_PENDING:
-            return True
-        return bool(self._messages) and self._core.streams.unwritten.full
-
-    def _take(self) -> PendingAnswer | None:
-        """A request has arrived, which the stream doesn't end before; None: it comes too late."""
-        pending = PendingAnswer(Call(self._deadline), self._core.admission, self._core.streams.unwritten)
-        with self._changed:
-            if self._closed:
-                return None
-            self._messages.open(pending)
-            self._submitting = pending
-        return pending
+        messages.end_of_requests()
 
     def _submit(self, pending: PendingAnswer, data: bytes) -> None:
         """Hand a request to its model; what is wrong with it becomes its outcome."""
@@ -196,8 +163,8 @@ class InferStream:
                 pending.observed.parsed(request)
             # Also of one that will refuse it.
             pending.decoupled = core.repository.get(request.model_name, request.model_version).decoupled
-            future = core.infer(request, pending.call, emit=partial(self._emit, pending))
-            pending.expect(future, request.model_name, partial(self._settled, pending))
+            future = core.infer(request, pending.call, emit=partial(self._messages.emit, pending))
+            pending.expect(future, request.model_name, self._messages)
         except ServeError as error:
             pending.id = pending.id or codec.request_id(data)
             pending.refuse(error.with_traceback(None))  # its frames hold the request
@@ -205,54 +172,7 @@ class InferStream:
             logger.exception("%s failed", STREAM_RPC)
             pending.refuse(InternalError(f"{STREAM_RPC}: {error!r}"))
 
-    def _submitted(self, pending: PendingAnswer) -> None:
-        with self._changed:
-            self._submitting = None
-            if self._messages.submitted(pending):
-                self._changed.notify_all()
-            abandoned = self._closed and self._messages.close(pending)
-        if abandoned:
-            self._give_up(pending)
-
-    # The models' threads
-
-    def _emit(self, pending: PendingAnswer, response: InferResponse) -> None:
-        """Have an answer written that isn't its request's last; waits for nobody."""
-        with self._changed:
-            if not self._closed and self._messages.emitted(pending, response):
-                pending.emitted(response)
-                self._changed.notify_all()
-
-    def _settled(self, pending: PendingAnswer) -> None:
-        # While the transport's thread is busy it will see by itself whose turn it is.
-        if not (pending.decoupled or self._waits):
-            return
-        with self._changed:
-            if self._messages.settled(pending):
-                self._changed.notify_all()
-
     # The transport's thread
-
-    def _next(self) -> Due | None:
-        """The message that is due; None: there will be none any more.
-
-        Raises:
-            UnavailableError: the server stops.
-        """
-        with self._changed:
-            self._waits = True  # said before it looks: what is settled later is announced
-            while (due := self._messages.next()) is None:
-                if self._closed:
-                    return None
-                if not self._messages:
-                    if not self._reading:
-                        return None
-                    if self._draining:
-                        self._closed = True
-                        raise UnavailableError("the server is shutting down: go on with another stream")
-                self._changed.wait()
-            self._waits = False
-            return due
 
     def _message(self, due: Due) -> bytes:
         """A due message, or the one that says why its request failed.
@@ -289,8 +209,5 @@ class InferStream:
 
     def _end(self, pending: PendingAnswer) -> None:
         """A request needs no more messages: make room."""
-        with self._changed:
-            if not self._messages.close(pending):
-                return  # given up meanwhile
-            self._changed.notify_all()
-        pending.end()
+        if self._messages.end(pending):
+            pending.end()

@@ -111,10 +111,11 @@ def our_greedy(texts: torch.Tensor, lengths: torch.Tensor) -> tuple[list[list[in
     """
     network = CachedGPT(our_network()).eval()
     rows = torch.arange(len(texts))
-    cache_ = network.empty_cache(*texts.shape)
+    cache_ = list(network.empty_cache(*texts.shape))
     longest = int(lengths.max())
-    scores, *cache_ = network(texts[:, :longest], torch.zeros(len(texts), 1, dtype=torch.int64), *cache_)
-    scores, ends = scores[rows, lengths - 1], lengths.clone()
+    nothing = torch.zeros(len(texts), 1, dtype=torch.int64)
+    states, *cache_ = network.hidden(texts[:, :longest], nothing, *cache_)
+    scores, ends = our_network().logits(states[rows, lengths - 1]), lengths.clone()
     for _ in range(NEW_TOKENS):
         texts[rows, ends] = scores.argmax(-1)
         scores, *cache_ = network(texts[rows, ends][:, None], ends[:, None], *cache_)

@@ -6,14 +6,11 @@ import random
 import threading
 import time
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
 
-from export.graph import export_graph, serialize
 from serve.errors import CanceledError, DeadlineExceededError, InternalError
 from serve.generate.engine import GenerationEngine
 from serve.generate.sampling import SamplingParameters, sampler
@@ -22,27 +19,29 @@ from serve.generate.sequence import Sequence
 from serve.generate.settings import GenerationSettings
 from serve.process import resident_bytes, return_freed_memory
 from serve.request import Call
-from tests.serve.generate.decoders import DATA, GROWING, THIRD_PARTY, golden, open_runner
-from train.decoding import CachedGPT
-from train.gpt_serving import decode_graph
-from train.transformer import GPT, initialize
+from tests.serve.generate.decoders import (
+    CONTEXT,
+    GROWING,
+    NAMES,
+    NEW_TOKENS,
+    OURS,
+    THIRD_PARTY,
+    golden,
+    graph_file,
+    open_runner,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    import numpy as np
+
     from serve.errors import ServeError
     from serve.generate.runner import Runner
     from serve.generate.step import Step
 
-OURS = "ours"
-NAMES = (OURS, *THIRD_PARTY)
-NEW_TOKENS = 256
 STREAMS = 16
-CONTEXT = 384
-VOCABULARY = 97
-# Prompts whose continuation hangs on less are left out: of a tie, either token is right.
-LEAST_MARGIN = 1e-3
 
 Texts = list[tuple[list[int], list[int]]]
 
@@ -99,57 +98,10 @@ class Watched:
         return self.runner.run(step)
 
 
-@cache
-def network() -> GPT:
-    """Random weights, large enough that the most likely tokens differ from step to step."""
-    torch.manual_seed(1)
-    gpt = GPT(
-        vocabulary=VOCABULARY, layers=2, heads=2, width=32, context=CONTEXT,
-        dropout=0.0, channel_dropout=0.0, bias=True,
-    )  # fmt: skip
-    initialize(gpt, "gpt2")
-    with torch.no_grad():
-        for weights in gpt.parameters():
-            weights.mul_(8)
-    return gpt.eval()
-
-
-@cache
-def our_texts() -> Texts:
-    """Prompts of 1 to 128 tokens, and the 256 that torch writes after each, without a cache."""
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(1, CONTEXT - NEW_TOKENS, 2 * STREAMS)
-    ids = torch.zeros(len(lengths), CONTEXT, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        ids[row, :length] = torch.from_numpy(generator.integers(0, VOCABULARY, length))
-    margins = torch.full((len(lengths),), torch.inf)
-    ends = torch.from_numpy(lengths)
-    rows = torch.arange(len(lengths))
-    with torch.no_grad():
-        for step in range(NEW_TOKENS):
-            logits = network()(ids[:, : int(ends.max()) + step])[rows, ends + step - 1]
-            best = logits.topk(2).values
-            margins = torch.minimum(margins, best[:, 0] - best[:, 1])
-            ids[rows, ends + step] = logits.argmax(-1)
-    clear = (margins > LEAST_MARGIN).nonzero().flatten().tolist()
-    assert len(clear) >= STREAMS
-    texts = [(ids[row].tolist(), int(lengths[row])) for row in clear[:STREAMS]]
-    return [(text[:end], text[end : end + NEW_TOKENS]) for text, end in texts]
-
-
-def texts_of(name: str) -> Texts:
-    if name == OURS:
-        return our_texts()
-    return list(zip(golden(name).prompts, golden(name).tokens, strict=True))
-
-
 @pytest.fixture(scope="module")
-def our_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("graph") / "model.onnx"
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, 4096)
-    serving = decode_graph(CachedGPT(network()).eval(), ids, ids)
-    path.write_bytes(serialize(export_graph(serving.module, serving.example)))
-    return path
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("graphs")
+    return {name: graph_file(name, folder) for name in NAMES}
 
 
 @dataclass
@@ -183,18 +135,17 @@ class Setup:
 
 
 @pytest.fixture
-def setup(request: pytest.FixtureRequest, our_graph: Path) -> Iterator[Setup]:
+def setup(request: pytest.FixtureRequest, graphs: dict[str, Path]) -> Iterator[Setup]:
     """On the graph that the test is parametrized with, else on ours."""
     name = getattr(request, "param", OURS)
-    path, parameters = our_graph, GROWING
-    if name != OURS:
-        path, parameters = DATA / THIRD_PARTY[name].file, dict(THIRD_PARTY[name].parameters)
-    runner = open_runner(path, parameters, CONTEXT, STREAMS)
+    parameters = GROWING if name == OURS else THIRD_PARTY[name].parameters
+    runner = open_runner(graphs[name], parameters, CONTEXT, STREAMS)
     settings = GenerationSettings(context_length=CONTEXT, max_prompt_length=CONTEXT - 1, max_num_seqs=STREAMS)
     scheduler = GenerationScheduler(settings, adjacent_rows=runner.adjacent_rows)
     watched = Watched(runner)
     engine = GenerationEngine("engine", scheduler, watched, Silent())
-    yield Setup(texts_of(name), watched, scheduler, engine)
+    texts = list(zip(golden(name).prompts, golden(name).tokens, strict=True))
+    yield Setup(texts, watched, scheduler, engine)
     engine.close()
     runner.close()
 
@@ -211,7 +162,7 @@ def test_alone_a_text_is_torchs_greedy_one(setup: Setup) -> None:
 @every_graph
 @pytest.mark.parametrize("seed", range(10))
 def test_among_others_that_come_and_go_each_text_is_torchs(setup: Setup, seed: int) -> None:
-    """16 prompts start when so many tokens of others have come; they end after random counts, or cancelled."""
+    """16 prompts start when others have so many tokens, and end after random counts, or cancelled."""
     texts = setup.texts
     schedule = random.Random(seed)  # noqa: S311 - a schedule
     picked = [texts[index % len(texts)] for index in range(STREAMS)]

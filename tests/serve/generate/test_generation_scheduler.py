@@ -372,14 +372,27 @@ def test_the_first_row_moves_if_that_closes_more_holes() -> None:
     assert [each.slot for each in step(cached).decode] == [2, 3, 4]
 
 
-def test_a_row_that_ends_soon_does_not_move() -> None:
-    cached = cache(slots=8, adjacent_rows=True)
-    rows = add(cached, *(sequence([number] * 250, 10) for number in range(3)))
-    while any(each.pending > 1 or each.generated == 0 for each in rows):
-        step(cached)
+@pytest.mark.parametrize(("tokens", "moves"), [(14, 0), (40, 1)])
+def test_a_row_that_ends_soon_does_not_move(tokens: int, moves: int) -> None:
+    cached = cache(slots=8, adjacent_rows=True, max_num_batched_tokens=1000)
+    rows = add(cached, *(sequence([number] * 250, tokens) for number in range(3)))
+    step(cached)
+    step(cached)
     cached.scheduler.finish(rows[1])
     cached.scheduler.forget_prefixes()
-    assert step(cached).copies == []
+    assert len(step(cached).copies) == moves
+
+
+@pytest.mark.parametrize(("length", "kept"), [(150, 151), (300, 256)])
+def test_a_step_copies_little(length: int, kept: int) -> None:
+    cached = cache(slots=8, adjacent_rows=True, max_num_batched_tokens=1000)
+    rows = add(cached, *(sequence([number] * length, 500) for number in range(3)))
+    step(cached)
+    step(cached)
+    cached.scheduler.finish(rows[1])
+    assert step(cached).copies == [Copy(1, 7, kept)]
+    assert len(cached.scheduler._slots.retained[7].ids) == kept
+    assert step(cached).copies == [Copy(2, 1, length + 2)], "the row moves in the next step"
 
 
 def test_nobody_moves_into_a_hole_that_somebody_waits_for() -> None:

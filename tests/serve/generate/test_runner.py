@@ -12,6 +12,8 @@ import onnx
 import pytest
 
 from serve.errors import InternalError, ModelLoadError
+from serve.generate.cache_tensors import CacheTensors
+from serve.generate.growing_rows import TwoHalves
 from serve.generate.shared_cache import SharedCache
 from serve.generate.step import Chunk, Copy, Step
 from tests.serve.generate.decoders import (
@@ -95,7 +97,8 @@ def test_only_complete_chunks_have_logits(runner: Runner, name: str) -> None:
     answers = runner.run(Step(prefill=[Chunk(first, first.pending), Chunk(second, second.pending - 1)]))
     assert [of for of, _ in answers] == [first]
     logits = answers[0][1]
-    assert (logits.dtype, logits.shape) == (np.float32, (runner.vocabulary,))
+    assert logits.dtype == np.float32
+    assert logits.shape == (runner.vocabulary,)
     logits[:] = 0  # a sampler may write to it
     first.cached = first.pending
     second.cached = second.pending - 1
@@ -137,7 +140,7 @@ def test_a_failed_run_leaves_the_other_slots_alone(runner: Runner, name: str) ->
     advance(runner, Step(prefill=[Chunk(good, good.pending)]))
     for _ in range(5):
         advance(runner, Step(decode=[good]))
-    with pytest.raises(InternalError, match="out of data bounds"):
+    with pytest.raises(InternalError, match="out of"):
         runner.run(Step(prefill=[Chunk(bad, 3)]))
     runner.run(Step(released=[2]))
     for _ in range(5):
@@ -146,6 +149,8 @@ def test_a_failed_run_leaves_the_other_slots_alone(runner: Runner, name: str) ->
 
 
 def test_a_thousand_steps_and_a_release_leave_no_memory_behind(runner: Runner, name: str) -> None:
+    if name not in ("ours", "optimum"):  # one of each kind of cache
+        return
     texts = golden(name)
 
     def round_of_steps(seed: int) -> int:
@@ -160,7 +165,7 @@ def test_a_thousand_steps_and_a_release_leave_no_memory_behind(runner: Runner, n
     before, steps = resident_bytes(), 0
     while steps < 1000:
         steps += round_of_steps(steps)
-    # One round holds 16 x 240 tokens or more, at least 4 MB in two of the graphs; allocators keep some.
+    # The 16 texts of a round take 1.5 MB at least.
     assert resident_bytes() - before < 2**20
 
 
@@ -223,3 +228,21 @@ def test_a_closed_runner_lets_go_of_its_memory(tmp_path: Path) -> None:
 def test_a_cache_beyond_all_addresses_is_an_error_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"can't reserve \d+ bytes .* lower context_length"):
         runner_of("genai", tmp_path, slots=2**45)
+
+
+def test_rows_that_shrink_give_back_what_lies_behind_them() -> None:
+    # A row of 384 tokens is 12 pages.
+    cache = CacheTensors(
+        past=("a", "b"), present=("c", "d"), combined=False, heads=4, head_size=8,
+        dtype=np.dtype(np.float32), length=None, one_row=False,
+    )  # fmt: skip
+    memory = TwoHalves(cache, 16, CONTEXT)
+    for half in (0, 1):
+        for value in memory.values(half, 16, CONTEXT):
+            value.numpy()[:] = 7
+    memory.trim(2, CONTEXT)
+    for half in (0, 1):
+        for value in memory.values(half, 16, CONTEXT):
+            rows = value.numpy()
+            assert (rows[:2] == 7).all()
+            assert not rows[2:].any()

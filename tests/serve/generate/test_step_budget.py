@@ -79,6 +79,13 @@ def test_disturbed_steps_change_little() -> None:
     assert disturbed.room(16) == pytest.approx(calm.room(16), rel=0.15)
 
 
+def test_tokens_that_seem_to_cost_less_than_nothing_are_read() -> None:
+    budget = StepBudget(0)
+    for step in range(64):
+        budget.ran(16, step % 2, 50 * (step % 2), 0.02 - 0.005 * (step % 2))
+    assert budget.room(16) > 50
+
+
 def test_it_follows_a_machine_that_changes() -> None:
     budget = StepBudget(0)
     for seed, costs in enumerate(MACHINES * 2):
