@@ -9,6 +9,7 @@ the environment. Run: make bench.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 MODEL = "gpt2"
 PROMPT, TOKENS = 32, 128
 STREAMS = 16
-FLUENT, LONG_PROMPT, BEFORE = 8, 1000, 150
+FLUENT, LONG_PROMPT, BEFORE, FLUENT_TOKENS = 8, 1000, 100, 300
 ROUNDS = 7
 LONG_ROUNDS = 3
 RANDOM = np.random.default_rng(0)
@@ -67,29 +68,27 @@ def main() -> None:
 
 def measure(root: Path, entry: gpt2.Entry, python: str, cores: int) -> None:
     """Everything about one graph."""
-    here = InProcess(root / "models")
-    try:
+    with contextlib.ExitStack() as stack:
+        here = InProcess(root / "models")
+        stack.callback(here.close)
         genai = start_genai(python, root / "genai")
-        single = one_stream(here, genai, entry, cores)
         if genai:
-            genai.close()
+            stack.callback(genai.close)
+        single = one_stream(here, genai, entry, cores)
         many_streams("without a network", here, single)
         long_prompt("without a network", here)
         prefix_reuse(here)
-    finally:
-        here.close()
-    flags = [f"--model-repository={root / 'models'}", "--grpc-port=0", "--metrics-port=0"]
-    process, port = start(["-m", "serve", "serve", *flags], *range(os.cpu_count() or 1))
-    client = Remote(port)
-    try:
+    with contextlib.ExitStack() as stack:
+        flags = [f"--model-repository={root / 'models'}", "--grpc-port=0", "--metrics-port=0"]
+        server, port = start(["-m", "serve", "serve", *flags], *sorted(os.sched_getaffinity(0)))
+        stack.callback(server.wait)
+        stack.callback(server.terminate)
+        client = Remote(port)
+        stack.callback(client.close)
         single = statistics.median(rate(client.generate(alone())) for _ in range(ROUNDS))
         print(f"  over gRPC: {single:.0f} tokens/s of one stream")
         many_streams("over gRPC", client, single)
         long_prompt("over gRPC", client)
-    finally:
-        client.close()
-        process.terminate()
-        process.wait()
 
 
 class Remote:
@@ -200,7 +199,7 @@ def many_streams(where: str, source: Source, single: float) -> None:
 def long_prompt(where: str, source: Source) -> None:
     ratios, first, figures = [], [], []
     for _ in range(LONG_ROUNDS):
-        load = Load([prompt() for _ in range(FLUENT)], 400, prompt(LONG_PROMPT), BEFORE)
+        load = Load([prompt() for _ in range(FLUENT)], FLUENT_TOKENS, prompt(LONG_PROMPT), BEFORE)
         trace = source.generate(load)
         begun = max(times[0] for times in trace.streams)
         before = intervals(trace, begun, trace.late_sent)
