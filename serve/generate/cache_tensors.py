@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
     from serve.runtime.session import GraphTensor
 
-_FLOATS: Mapping[str, np.dtype] = {
+FLOATS: Mapping[str, np.dtype] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
+"""The types that caches and logits may have."""
 # The parameter and the default of an input, and those of the output that it becomes.
 _KEYS_AND_VALUES = tuple(
     (f"past_{part}_names", f"past_key_values.%d.{part}", f"present_{part}_names", f"present.%d.{part}")
@@ -93,7 +94,7 @@ def find_cache(
         combined=combined,
         heads=_size(shape[-3], parameters, "num_key_value_heads", past[0]),
         head_size=_size(shape[-1], parameters, "head_size", past[0]),
-        dtype=_FLOATS[inputs[past[0]].onnx_type],
+        dtype=FLOATS[inputs[past[0]].onnx_type],
         length=shape[-2] if shape[-2] != -1 else None,
         one_row=shape[-4] == 1,
     )
@@ -155,8 +156,8 @@ def _common_shape(tensors: Sequence[tuple[str, GraphTensor]], *, combined: bool)
         dimensions, shape = ["2", *dimensions], [2, *shape]
     expected_type = tensors[0][1].onnx_type
     for kind, tensor in tensors:
-        if tensor.onnx_type not in _FLOATS or tensor.onnx_type != expected_type:
-            expected = expected_type if expected_type in _FLOATS else " or ".join(_FLOATS)
+        if tensor.onnx_type not in FLOATS or tensor.onnx_type != expected_type:
+            expected = expected_type if expected_type in FLOATS else " or ".join(FLOATS)
             raise ModelLoadError(
                 f"{kind} '{tensor.name}' of the cache: expected {expected}, got {tensor.onnx_type}"
             )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from serve.errors import ModelLoadError
-from serve.generate.cache_tensors import find_cache, missing
+from serve.generate.cache_tensors import FLOATS, find_cache, missing
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -32,10 +32,6 @@ PARAMETERS = (
 """What is read here of a config's parameters."""
 
 _INTEGERS: Mapping[str, np.dtype] = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
-_FLOATS: Mapping[str, np.dtype] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-}
 _BOOLEANS: Mapping[str, np.dtype] = {"tensor(bool)": np.dtype(np.bool_)}
 _LAST_ROW, _ALL_ROWS = 2, 3  # ranks of the logits
 _ALWAYS_TRUE = "use_cache_branch"  # of graphs by optimum that work with a cache and without
@@ -133,7 +129,7 @@ def _read(
     ids = _feed("input_ids", parameters, inputs, _INTEGERS)
     if ids is None:
         raise missing("input_ids", "input_ids", "input", inputs)
-    mask = _feed("attention_mask", parameters, inputs, {**_INTEGERS, **_FLOATS, **_BOOLEANS})
+    mask = _feed("attention_mask", parameters, inputs, {**_INTEGERS, **FLOATS, **_BOOLEANS})
     positions = _feed("position_ids", parameters, inputs, _INTEGERS)
     length = _feed("past_length", parameters, inputs, _INTEGERS, width=1)
     cache = find_cache(parameters, inputs, outputs)
@@ -178,13 +174,13 @@ def _logits(parameters: Mapping[str, str], outputs: Mapping[str, GraphTensor]) -
     if name not in outputs:
         raise missing("logits", name, "output", outputs)
     tensor = outputs[name]
-    _check_type(tensor, "output", _FLOATS)
+    _check_type(tensor, "output", FLOATS)
     if len(tensor.shape) not in (_LAST_ROW, _ALL_ROWS):
         raise ModelLoadError(
             f"output '{name}' (logits): expected shape [batch, time, vocabulary] or [batch, vocabulary], got "
             f"{list(tensor.shape)}"
         )
-    return Logits(name, _FLOATS[tensor.onnx_type], max(tensor.shape[-1], 0), len(tensor.shape))
+    return Logits(name, FLOATS[tensor.onnx_type], max(tensor.shape[-1], 0), len(tensor.shape))
 
 
 def _check_type(tensor: GraphTensor, kind: str, types: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from serve.errors import InternalError, RetiredError, ServeError
+from serve.generate.sequence import LENGTH
 from serve.generate.step import Step
 
 if TYPE_CHECKING:
@@ -136,19 +137,19 @@ class GenerationEngine:
 
     def _run(self, step: Step) -> list[tuple[Sequence, np.ndarray]]:
         start = time.monotonic_ns()
-        for chunk in step.prefill:
-            call = chunk.sequence.call
+        for sequence in (*step.decode, *(chunk.sequence for chunk in step.prefill)):
+            call = sequence.call
             call.started_ns = call.started_ns or start
         try:
             logits = self._runner.run(step)
-        except Exception as error:
-            logger.exception("a step of generation failed")
-            self._give_up(step, InternalError(f"the graph failed: {error!r}"))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the step is lost
+            self._give_up(step, _serve_error(error, "a step of generation failed"))
             return []
         seconds = (time.monotonic_ns() - start) / 1e9
         with self._lock:
             self._scheduler.ran(step, seconds)
-        self._metrics.step(step.tokens, len(step.decode), seconds)
+        if step.runs:  # and doesn't only give memory back
+            self._metrics.step(step.tokens, len(step.decode), seconds)
         return logits
 
     def _give_up(self, step: Step, error: ServeError) -> None:
@@ -168,20 +169,23 @@ class GenerationEngine:
             sequence.ids.append(token)
             self._time_token(sequence)
             reason = sequence.output.take(token)
-            if reason is None and sequence.generated >= sequence.max_tokens:
-                reason = "length"
-            if reason is not None:
-                sequence.output.end(reason)
-        except Exception as error:
-            if not isinstance(error, ServeError):
-                logger.exception("a token could not be handed on")
-                error = InternalError(f"the token could not be handed on: {error!r}")
+        except Exception as error:  # noqa: BLE001 - it is this sequence's alone
             self._finish(sequence)
-            self._fail(sequence, error)
+            self._fail(sequence, _serve_error(error, "a token could not be handed on"))
             return
+        if reason is None and sequence.generated >= sequence.max_tokens:
+            reason = LENGTH
         if reason is not None:
             self._finish(sequence)
             self._metrics.finished(sequence)
+            self._end(sequence, reason)
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        """Hand on that a text is complete, when its place is free and it is counted."""
+        try:
+            sequence.output.end(reason)
+        except Exception as error:  # noqa: BLE001 - it is this sequence's alone
+            sequence.output.fail(_serve_error(error, "the end of a text could not be handed on"))
 
     def _time_token(self, sequence: Sequence) -> None:
         now = time.monotonic()
@@ -201,3 +205,10 @@ class GenerationEngine:
             sequence.output.fail(error)
         except Exception:
             logger.exception("a failure could not be handed on")
+
+
+def _serve_error(error: Exception, what: str) -> ServeError:
+    if isinstance(error, ServeError):
+        return error
+    logger.error("%s", what, exc_info=error)
+    return InternalError(f"{what}: {error!r}")

@@ -11,15 +11,15 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from onnxruntime import OrtValue
 
 from serve.errors import InternalError
+from serve.generate.binding import bind_input, constant_values
 from serve.generate.growing_rows import Rows, TwoHalves
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from serve.generate.decoder_graph import DecoderGraph, Feed
+    from serve.generate.decoder_graph import DecoderGraph
     from serve.runtime.session import Session
 
     Held = tuple[Rows, int]  # a row of some
@@ -40,9 +40,7 @@ class GrowingCache:
         self._graph = graph
         self._slots = slots
         self._length = length
-        self._constants = {
-            name: OrtValue.ortvalue_from_numpy(array) for name, array in graph.constants.items()
-        }
+        self._constants = constant_values(graph)
         self._held: dict[int, Held] = {}
         self.equal_lengths = not (graph.attention_mask and graph.position_ids)
 
@@ -123,11 +121,11 @@ class GrowingCache:
         """Bind ids INT64 [rows, time], with padding INT64 [rows, 1]: what is new of texts of `tokens`."""
         graph = self._graph
         places = np.arange(tokens)
-        _bind_input(binding, graph.input_ids, ids)
+        bind_input(binding, graph.input_ids, ids)
         if graph.attention_mask:
-            _bind_input(binding, graph.attention_mask, places >= padding)
+            bind_input(binding, graph.attention_mask, places >= padding)
         if graph.position_ids:
-            _bind_input(binding, graph.position_ids, places[-ids.shape[1] :] - padding)
+            bind_input(binding, graph.position_ids, places[-ids.shape[1] :] - padding)
 
     def _together(self, slots: list[int], past: list[int]) -> Rows:
         """The first `past` tokens of each slot in one tensor per layer and part; as they are, if so."""
@@ -181,8 +179,3 @@ class GrowingCache:
                     del self._held[slot]
                     own = self._gather([slot], [(rows, row)], [rows.length(row)])
                     self._held[slot] = (own, 0)
-
-
-def _bind_input(binding: Any, feed: Feed, array: np.ndarray) -> None:
-    value = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, feed.dtype))
-    binding.bind_ortvalue_input(feed.name, value)

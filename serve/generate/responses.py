@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serve.generate.sequence import STOP
 from serve.generate.stop_strings import StopStrings
 from serve.generate.tensors import (
     FINISH_REASON,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from serve.generate.tokenizer import Tokenizer
     from serve.request import Parameter
 
-STOP, LENGTH = "stop", "length"
 _UNFINISHED = "None"  # what Triton's vLLM backend answers before the last token
 _BYTES, _INT64, _UINT32 = DATATYPES["BYTES"], DATATYPES["INT64"], DATATYPES["UINT32"]
 _FINAL_PARAMETERS: dict[str, Parameter] = {"triton_final_response": True}
@@ -114,13 +114,21 @@ class GenerationOutput:
 
     def end(self, reason: str) -> None:
         """The text is complete: answer what is left, possibly nothing, as the last answer."""
+        self.give(self.last(reason))
+
+    def last(self, reason: str) -> InferResponse:
+        """The last answer of a text that is complete."""
         if self._detokenizer is not None:
             if self._add(self._detokenizer.flush()):
                 reason = STOP
             elif self._stops is not None:
                 self._texts.append(self._stops.flush())
         parameters = {} if self._client.emit is None else _FINAL_PARAMETERS
-        give(self._client.future, self._response(reason, parameters))
+        return self._response(reason, parameters)
+
+    def give(self, answer: InferResponse) -> None:
+        """Settle the request with its last answer."""
+        give(self._client.future, answer)
 
     def fail(self, error: ServeError) -> None:
         """There won't be any more."""

@@ -109,7 +109,7 @@ class Runner:
         for chunk in step.prefill:
             sequence = chunk.sequence
             start = sequence.cached
-            logits = self.cache.read(_slot(sequence), start, sequence.ids[start : start + chunk.count])
+            logits = self.cache.read(sequence.place, start, sequence.ids[start : start + chunk.count])
             if chunk.complete:
                 answers.append((sequence, logits))
         return answers
@@ -119,7 +119,7 @@ class Runner:
         for start in range(0, len(sequences), self.most_rows):
             rows = sequences[start : start + self.most_rows]
             logits = self.cache.decode(
-                [_slot(sequence) for sequence in rows],
+                [sequence.place for sequence in rows],
                 [sequence.ids[sequence.cached] for sequence in rows],
                 [sequence.cached for sequence in rows],
             )
@@ -129,8 +129,3 @@ class Runner:
     def close(self) -> None:
         """Give the cache's memory back; nothing can run after it."""
         self.cache.close()
-
-
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None
-    return sequence.slot

@@ -100,7 +100,7 @@ class GenerationScheduler:
         # Those that find a free slot in the next step don't wait for one.
         bound = self._settings.max_queue_size + self._settings.max_num_seqs - len(self._running)
         if len(self._waiting) >= bound:
-            self._drop_dead(now)
+            self._drop_dead(now, (*self._waiting,))  # those that run may be in a step under way
             if len(self._waiting) >= bound:
                 raise UnavailableError(
                     f"Exceeds maximum queue size, {len(self._waiting)} sequences wait for a slot of the "
@@ -110,7 +110,7 @@ class GenerationScheduler:
 
     def next(self, now: float) -> Step:
         """What to do now, `now` in seconds on the deadlines' clock; `ran` is to follow if it `runs`."""
-        self._drop_dead(now)
+        self._drop_dead(now, (*self._waiting, *self._running))
         step = Step(dropped=self._dropped)
         self._dropped = []
         self._end_waits(step)
@@ -166,9 +166,9 @@ class GenerationScheduler:
         assert all(0 <= sequence.cached <= sequence.longest for sequence in self._running)
         assert self._awaited.keys() <= set(self._running)
 
-    def _drop_dead(self, now: float) -> None:
-        """Finish what was cancelled or is too late."""
-        for sequence in (*self._waiting, *self._running):
+    def _drop_dead(self, now: float, sequences: tuple[Sequence, ...]) -> None:
+        """Finish those that were cancelled or are too late."""
+        for sequence in sequences:
             reason = _drop_reason(sequence, now)
             if reason is not None:
                 self.finish(sequence)

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from serve.request import Call
 
 
+STOP, LENGTH = "stop", "length"
+"""Why a text is complete, by vLLM's names: a stop text or token, or as many tokens as it may have."""
+
+
 class Sampler(Protocol):
     """Chooses a sequence's next token; has its own random numbers."""
 
@@ -29,10 +33,10 @@ class Output(Protocol):
     """Where a sequence's tokens go. Called from the engine's thread, and never waits."""
 
     def take(self, token: int) -> str | None:
-        """A token was generated; why it is the last (`stop`), or None: it need not be."""
+        """A token was generated; `STOP` where it is the last, None: it need not be."""
 
     def end(self, reason: str) -> None:
-        """The text is complete: `stop` or `length`."""
+        """The text is complete: `STOP` or `LENGTH`."""
 
     def fail(self, error: ServeError) -> None:
         """There won't be any more: cancelled, too late, or the graph failed."""
@@ -65,6 +69,12 @@ class Sequence:
     cached: int = 0
     reused: int = 0
     token_at: float = 0.0
+
+    @property
+    def place(self) -> int:
+        """Its slot, which a running sequence has."""
+        assert self.slot is not None
+        return self.slot
 
     @property
     def pending(self) -> int:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnxruntime import OrtValue
 
+from serve.generate.binding import bind_input, constant_values
 from serve.generate.cache_memory import CacheMemory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from serve.generate.decoder_graph import DecoderGraph, Feed
+    from serve.generate.decoder_graph import DecoderGraph
     from serve.runtime.session import Session
 
 _MOST_BINDINGS = 128  # 0.1 MB each at 12 layers
@@ -43,9 +44,7 @@ class SharedCache:
         self._graph = graph
         self.length = length
         self.memory = CacheMemory(len(graph.cache.past), graph.cache.shape(slots, length), graph.cache.dtype)
-        self._constants = {
-            name: OrtValue.ortvalue_from_numpy(array) for name, array in graph.constants.items()
-        }
+        self._constants = constant_values(graph)
         # A row per slot: the token that a decode run reads, and how many others the slot holds.
         self._ids = np.zeros((slots, 1), graph.input_ids.dtype)
         self._filled = np.zeros((slots, 1), np.int64)
@@ -80,7 +79,7 @@ class SharedCache:
             self._flat_ids[slot] = token
             self._hold(slot, held)
         if self._graph.attention_mask:
-            _bind_input(binding, self._graph.attention_mask, _mask(self._filled[first:end] + 1))
+            bind_input(binding, self._graph.attention_mask, _mask(self._filled[first:end] + 1))
         self._session.run_bound(binding)
         for slot, held in zip(slots, past, strict=True):
             self._hold(slot, held + 1)
@@ -95,13 +94,13 @@ class SharedCache:
         count = len(tokens)
         graph = self._graph
         binding = self._binding(slot, slot + 1, reading=True)
-        _bind_input(binding, graph.input_ids, np.array([tokens]))
+        bind_input(binding, graph.input_ids, np.array([tokens]))
         if graph.past_length:
-            _bind_input(binding, graph.past_length, np.array([[past]]))
+            bind_input(binding, graph.past_length, np.array([[past]]))
         if graph.position_ids:
-            _bind_input(binding, graph.position_ids, np.arange(past, past + count)[None])
+            bind_input(binding, graph.position_ids, np.arange(past, past + count)[None])
         if graph.attention_mask:
-            _bind_input(binding, graph.attention_mask, np.ones((1, past + count)))
+            bind_input(binding, graph.attention_mask, np.ones((1, past + count)))
         self._session.run_bound(binding)
         self._hold(slot, past + count)
         logits: np.ndarray = binding.get_outputs_as_ortvaluevector()[0].numpy()
@@ -165,11 +164,6 @@ class SharedCache:
         binding.bind_ortvalue_output(logits.name, OrtValue.ortvalue_from_numpy(self._logits[first:end]))
         for name, array in {self._graph.input_ids.name: self._ids, **self._places}.items():
             binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array[first:end]))
-
-
-def _bind_input(binding: Any, feed: Feed, array: np.ndarray) -> None:
-    value = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, feed.dtype))
-    binding.bind_ortvalue_input(feed.name, value)
 
 
 def _mask(lengths: np.ndarray) -> np.ndarray:

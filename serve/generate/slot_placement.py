@@ -6,6 +6,7 @@ that has no row costs as much as one that has, and some position of it is writte
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from serve.generate.prefix_reuse import LEAST_REUSED
@@ -74,8 +75,8 @@ class SlotPlacement:
         rows = step.decode
         if not self._adjacent or not rows:
             return
-        rows.sort(key=_slot)
-        lo, hi = _slot(rows[0]), _slot(rows[-1])
+        rows.sort(key=attrgetter("place"))
+        lo, hi = rows[0].place, rows[-1].place
         if hi - lo + 1 == len(rows):
             return
         for slot in [slot for slot in self._slots.retained if lo < slot < hi]:
@@ -83,7 +84,7 @@ class SlotPlacement:
         holes = sorted(slot for slot in self._slots.free if lo < slot < hi)
         if holes and move:
             self._move_row(step, holes)
-            rows.sort(key=_slot)
+            rows.sort(key=attrgetter("place"))
 
     def _move_row(self, step: Step, holes: list[int]) -> None:
         """Move the first or the last row into a hole, whichever makes more rows neighbours."""
@@ -92,14 +93,14 @@ class SlotPlacement:
         def after(choice: tuple[Sequence, int]) -> tuple[int, int, int]:
             row, hole = choice
             rest = rows[1:] if row is rows[0] else rows[:-1]
-            return max(_slot(rest[-1]), hole) - min(_slot(rest[0]), hole), row.cached, -_slot(row)
+            return max(rest[-1].place, hole) - min(rest[0].place, hole), row.cached, -row.place
 
         row, hole = best = min(((row, hole) for row in (rows[0], rows[-1]) for hole in holes), key=after)
-        narrower = _slot(rows[-1]) - _slot(rows[0]) - after(best)[0]
+        narrower = rows[-1].place - rows[0].place - after(best)[0]
         worth = narrower * (row.longest - row.cached) * _TOKENS_PER_IDLE_ROW
         if row.cached > worth or (step.copies and row.cached > room_to_copy(step)):
             return
-        source, row.slot = _slot(row), hole
+        source, row.slot = row.place, hole
         if row.cached:  # a prompt of one token has nothing yet
             step.copies.append(Copy(source, hole, row.cached))
         self._slots.move(source, hole)
@@ -126,8 +127,3 @@ class SlotPlacement:
         tokens = min(len(prefix.ids), room)
         step.copies.append(Copy(slot, target, tokens))
         slots.move_prefix(slot, target, tokens)
-
-
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None, "a running sequence has a slot"
-    return sequence.slot

@@ -113,11 +113,13 @@ class TwinVersion:
             raise RetiredError
         found = self._find(self._model)
         if found is None:
+            self.statistics.record_failure("REJECTED", call.received_ns)
             raise UnavailableError(
                 f"model '{self.name}' answers with generation model '{self._model}', which is not loaded: "
                 "load it"
             )
         if not isinstance(found, GenerationVersion):
+            self.statistics.record_failure("OTHER", call.received_ns)
             raise InvalidArgumentError(
                 f"model '{self.name}' is to answer with '{self._model}', which is no model that generates "
                 "with a graph of its own"

@@ -224,11 +224,11 @@ class _Counted:
 
     def end(self, reason: str) -> None:
         call = self._call
-        call.started_ns = call.started_ns or call.queued_ns  # all of its prompt was another's work
+        answer = self._output.last(reason)  # may fail; then nothing was answered
         call.ready_ns = call.started_ns
         call.ran_ns = call.done_ns = time.monotonic_ns()
         self._statistics.record_answer(call)
-        self._output.end(reason)
+        self._output.give(answer)
 
     def fail(self, error: ServeError) -> None:
         self._statistics.record_failure(_reason(error, self._call), self._call.received_ns)

@@ -89,6 +89,7 @@ class InferStream:
                 yield message
                 self._write_due = math.inf
                 self._written(due)
+                del due, message  # not held while the next one is awaited
         finally:
             self._abandon()
 
@@ -132,21 +133,26 @@ class InferStream:
     # The reader's thread
 
     def _read(self, requests: Iterator[bytes]) -> None:
-        core, messages = self._core, self._messages
         try:
-            while messages.wait_for_room():
+            while self._messages.wait_for_room():
                 data = next(requests, None)
-                if data is None:
+                if data is None or not self._take(data):
                     break
-                pending = PendingAnswer(Call(self._deadline), core.admission, core.streams.unwritten)
-                if not messages.take(pending):
-                    break
-                self._submit(pending, data)
-                if not messages.submitted(pending):
-                    self._give_up(pending)
+                del data  # not held while the next one is awaited
         except Exception:  # noqa: BLE001 - the transport's own, of any kind: the client has gone
             self._abandon()
-        messages.end_of_requests()
+        self._messages.end_of_requests()
+
+    def _take(self, data: bytes) -> bool:
+        """Take a request; False: the stream was closed."""
+        core = self._core
+        pending = PendingAnswer(Call(self._deadline), core.admission, core.streams.unwritten)
+        if not self._messages.take(pending):
+            return False
+        self._submit(pending, data)
+        if not self._messages.submitted(pending):
+            self._give_up(pending)
+        return True
 
     def _submit(self, pending: PendingAnswer, data: bytes) -> None:
         """Hand a request to its model; what is wrong with it becomes its outcome."""

@@ -76,6 +76,7 @@ def _stream(core: InferenceCore) -> Callable[[Iterator[bytes], grpc.ServicerCont
             else:
                 stream.close()
         except ServeError as error:
+            error.__traceback__ = None  # as above
             _abort(context, STREAM, error)
 
     return answers

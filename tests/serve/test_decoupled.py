@@ -28,7 +28,7 @@ from serve.model_repository.repository import Repository
 from serve.protocol.datatypes import DATATYPES
 from serve.request import Call, InferRequest, InferResponse, SharedArea, Tensor
 from serve.rpc import infer_stream, stream
-from serve.rpc.infer_stream import MAX_PENDING
+from serve.rpc.due_messages import MAX_PENDING
 from serve.rpc.servicer import METHODS
 from tests.serve.stream_client import (
     GRPC_ERRORS,

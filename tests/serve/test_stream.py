@@ -19,7 +19,7 @@ from serve.errors import ServeError, UnavailableError
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb import grpc_service_pb2_grpc as rpc
 from serve.rpc import infer_stream, stream
-from serve.rpc.infer_stream import MAX_PENDING
+from serve.rpc.due_messages import MAX_PENDING
 from serve.rpc.stream import Streams
 from tests.serve.stream_client import (
     GRPC_ERRORS,

@@ -313,3 +313,27 @@ def test_a_sampler_or_an_output_that_fails_ends_that_text_alone(setup: Setup) ->
     assert whole.wait().tokens == expected[:20]
     assert "half a character" in str(broken.wait().error)
     assert setup.held() == 0
+
+
+def test_an_end_that_can_not_be_handed_on_is_a_failure(setup: Setup) -> None:
+    class Endless(Recorder):
+        def end(self, reason: str) -> None:
+            raise ValueError(f"no {reason}")
+
+    output = Endless()
+    setup.start(setup.texts[0][0], 2, output)
+    assert "no length" in str(output.wait().error)
+    assert setup.held() == 0
+
+
+def test_whoever_hears_of_an_end_finds_its_place_free(setup: Setup) -> None:
+    class Leaving(Recorder):
+        def end(self, reason: str) -> None:
+            found.append(setup.scheduler.running)
+            super().end(reason)
+
+    found: list[int] = []
+    output = Leaving()
+    setup.start(setup.texts[0][0], 2, output)
+    output.wait()
+    assert found == [0]

@@ -119,6 +119,17 @@ def test_the_dead_make_room_in_a_full_queue() -> None:
     assert isinstance(error, DeadlineExceededError)
 
 
+def test_a_refusal_leaves_a_step_under_way_as_it_is() -> None:
+    cached = cache(slots=2, max_queue_size=0)
+    running = add(cached, sequence([1, 2, 3]), sequence([1, 2, 4]))
+    under_way = cached.scheduler.next(0)
+    running[0].call.cancel()
+    with pytest.raises(UnavailableError):
+        cached.scheduler.add(sequence([1]), 0)
+    assert all(chunk.sequence.slot is not None for chunk in under_way.prefill)
+    assert [dropped for dropped, _ in cached.scheduler.next(0).dropped] == [running[0]]
+
+
 def test_the_slots_of_the_dead_are_free_in_the_same_step() -> None:
     cached = cache(slots=2)
     cancelled, late = add(cached, sequence([1], 50), sequence([2], 50, deadline=9))

@@ -249,6 +249,19 @@ def test_failures_are_counted_by_their_reasons(make: Make, generation_repository
     assert found == {"REJECTED": 1, "CANCELED": 1, "BACKEND": 0, "OTHER": 1}
 
 
+def test_executions_are_steps_and_waiting_is_queue_time(make: Make, folder: Path) -> None:
+    limits = parameter("max_num_seqs", 1) + parameter("enable_prefix_caching", "false")
+    (folder / "gpt" / "config.pbtxt").write_text(config(limits, context=256))
+    core = make(folder, "gpt")
+    requests = [decoded("gpt", text_input="abc", max_tokens=100) for _ in range(3)]
+    for future in [core.infer(request, Call()) for request in requests]:
+        future.result(30)
+    counts = core.repository.get("gpt").statistics.snapshot()
+    assert (counts.inferences, counts.executions) == (3, 300)
+    running_ns = sum(compute.infer_ns for compute in counts.batches.values())
+    assert counts.queue_ns > running_ns / 2  # the second waits for the first, the third for both
+
+
 def test_closing_completes_what_was_begun(make: Make, folder: Path, generation_graph: Path) -> None:
     core = make(folder, "gpt")
     version = core.repository.get("gpt")
