@@ -31,11 +31,13 @@ PARAMETERS = (
 )  # fmt: skip
 """What is read here of a config's parameters."""
 
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+"""How a parameter says yes and no."""
+
 _INTEGERS: Mapping[str, np.dtype] = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
 _BOOLEANS: Mapping[str, np.dtype] = {"tensor(bool)": np.dtype(np.bool_)}
 _LAST_ROW, _ALL_ROWS = 2, 3  # ranks of the logits
 _ALWAYS_TRUE = "use_cache_branch"  # of graphs by optimum that work with a cache and without
-_YES = ("true", "1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,12 @@ def _check_type(tensor: GraphTensor, kind: str, types: Iterable[str]) -> None:
 def _in_place(
     parameters: Mapping[str, str], mask: Feed | None, length: Feed | None, cache: CacheTensors
 ) -> bool:
-    in_place = length is not None or parameters.get("past_present_share_buffer", "").lower() in _YES
+    stated = parameters.get("past_present_share_buffer", "false")
+    if stated.lower() not in BOOLEANS:
+        raise ModelLoadError(
+            f"config.pbtxt: parameter 'past_present_share_buffer' is {stated!r}, expected true or false"
+        )
+    in_place = length is not None or BOOLEANS[stated.lower()]
     if in_place and cache.combined:
         raise ModelLoadError(
             f"input '{cache.past[0]}' holds keys and values of a layer in one tensor, which can't be written "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from serve.errors import ModelLoadError
+from serve.generate.decoder_graph import BOOLEANS
 from serve.generate.decoder_graph import PARAMETERS as GRAPH_PARAMETERS
 from serve.generate.settings import GenerationSettings
 
@@ -32,7 +33,6 @@ PARAMETERS = (GENERATION_MODEL, *GRAPH_PARAMETERS, *_COUNTS, _PREFIX_CACHING, _E
 
 _CACHE_SHARE = 4  # of the memory that the process may use, for a model's cache
 _LONGEST_COUNT = 18  # digits, so that it is an int64
-_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 _REFUSED_FIELDS = {
     "dynamic_batching": "sequences join and leave the batch at every token",
@@ -142,7 +142,7 @@ def _count(message: pb.ModelConfig, name: str) -> int:
 
 
 def _switch(message: pb.ModelConfig, name: str) -> bool:
-    value = _BOOLEANS.get(message.parameters[name].string_value.strip().lower())
+    value = BOOLEANS.get(message.parameters[name].string_value.strip().lower())
     if value is None:
         raise _error(message, name, "true or false")
     return value

@@ -89,7 +89,13 @@ class _Probe:
         """Only what was read is in memory afterwards: nothing else was written, copied or cleared."""
         tensors = self._runner.graph.cache
         cache.release(0)
-        cache.read(0, 0, self._long)
+        try:
+            cache.read(0, 0, self._long)
+        except ServeError as error:
+            raise ModelLoadError(
+                "the graph can't write its cache in place: remove parameter 'past_present_share_buffer', or "
+                f"export the graph with GroupQueryAttention: {error}"
+            ) from error
         touched = cache.memory.resident_bytes(0)
         expected = cache.memory.expected_bytes(tensors.heads, len(self._long))
         everything = tensors.bytes_per_token * cache.length

@@ -62,6 +62,9 @@ class GenerationRequest:
     outputs: tuple[str, ...]
 
 
+LONGEST_ID = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class RequestReader:
     """Reads the requests of one model.
@@ -88,6 +91,11 @@ class RequestReader:
                 be, the prompt is empty or too long, or it and what is to follow it are.
             UnsupportedError: an output is to go to shared memory.
         """
+        if self.streams and len(request.id) > LONGEST_ID:
+            raise InvalidArgumentError(
+                f"the request's id has {len(request.id)} characters, expected {LONGEST_ID} at most: it is "
+                "in each token's answer"
+            )
         tensors = self._tensors(request)
         values = values_of(tensors, request.parameters)
         outputs = self._outputs(request, values, text=TEXT_INPUT in tensors)
@@ -206,6 +214,11 @@ class RequestReader:
             raise InvalidArgumentError(
                 f"the prompt has {size} bytes, expected {most} tokens at most (max_prompt_length), of which "
                 f"none has more than {tokenizer.longest_token_bytes} bytes: shorten it"
+            )
+        if tokenizer.exceeds(text, most):
+            raise InvalidArgumentError(
+                f"the prompt has more than {most} tokens (max_prompt_length), expected {most} at most: "
+                "shorten it"
             )
         ids = tokenizer.encode(text)
         if ids and max(ids) >= self.vocabulary:

@@ -15,6 +15,8 @@ _LEAST_VALUES = {
     "max_num_batched_tokens": 0,
     "max_queue_size": 0,
 }
+# Each step looks at all slots, each look at the queue at all that wait.
+_LARGEST_VALUES = {"max_num_seqs": 1024, "max_queue_size": 65536}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,10 @@ class GenerationSettings:
             value = getattr(self, name)
             if value < least:
                 raise ModelLoadError(f"config.pbtxt: parameter '{name}' is {value}, expected {least} or more")
+        for name, most in _LARGEST_VALUES.items():
+            value = getattr(self, name)
+            if value > most:
+                raise ModelLoadError(f"config.pbtxt: parameter '{name}' is {value}, expected {most} at most")
         if self.max_prompt_length >= self.context_length:
             raise ModelLoadError(
                 f"config.pbtxt: parameter 'max_prompt_length' is {self.max_prompt_length}, expected less "

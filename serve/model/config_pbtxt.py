@@ -193,6 +193,8 @@ def select_versions(message: pb.ModelConfig, available: Iterable[int]) -> list[i
         ModelLoadError: there is no version at all, or not one that the policy names.
     """
     versions = sorted(available)
+    if not versions and generation_config.is_twin(message):
+        return [1]  # it has no file that could lie in a folder
     if not versions:
         raise ModelLoadError(f"no version folder: expected 1/{DEFAULT_MODEL_FILENAME} in the model's folder")
     policy = message.version_policy

@@ -249,7 +249,7 @@ def _contents(source: Source) -> dict[int, Hashable]:
     found = stamp(source.folder)
     config = source.config.SerializeToString(deterministic=True)
     return {
-        number: (str(source.folder), config, found.shared, found.versions[number])
+        number: (str(source.folder), config, found.shared, found.versions.get(number))
         for number in select_versions(source.config, found.versions)
     }
 
@@ -264,5 +264,6 @@ def _close(versions: Iterable[ServedVersion]) -> None:
 def _text(error: Exception) -> str:
     """What clients see of an error: an OSError's own text has the server's folders."""
     if isinstance(error, OSError):
-        return f"a file can't be read or written: {error.strerror or type(error).__name__}"
+        name = f" '{Path(error.filename).name}'" if error.filename else ""
+        return f"a file{name} can't be read or written: {error.strerror or type(error).__name__}"
     return str(error) if isinstance(error, ModelLoadError) else repr(error)

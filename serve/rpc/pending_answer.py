@@ -12,6 +12,8 @@ from serve.errors import CanceledError, InternalError, ServeError
 from serve.protocol import codec
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from serve.admission import Admission
     from serve.observability.observation import Observed
     from serve.request import Call, InferResponse
@@ -221,5 +223,12 @@ class _Held:
 
 
 def _message_bytes(response: InferResponse) -> int:
-    """Bytes of the tensors that go into the message; of BYTES tensors those of the elements' addresses."""
-    return sum(tensor.array.nbytes for tensor in response.outputs if tensor.shared_memory is None)
+    """Bytes of the tensors that go into the message; of several BYTES those of the elements' addresses."""
+    return sum(_tensor_bytes(tensor.array) for tensor in response.outputs if tensor.shared_memory is None)
+
+
+def _tensor_bytes(array: np.ndarray) -> int:
+    if array.size == 1 and array.dtype == object:  # a text
+        text: bytes = array.item()
+        return len(text)
+    return array.nbytes

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
-from tests.benchmarks.clients import Figures, request, run
+from tests.benchmarks.load.clients import Figures, request, run
 from tests.benchmarks.server_overhead import cpu_seconds, start
 from tests.graphs import info, scaled, write_model
 

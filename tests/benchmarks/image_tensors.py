@@ -16,7 +16,7 @@ import numpy as np
 from onnx import helper
 
 from tests.benchmarks import server_overhead
-from tests.benchmarks.clients import Figures, request, run
+from tests.benchmarks.load.clients import Figures, request, run
 from tests.benchmarks.server_overhead import cpu_seconds, start
 from tests.graphs import info, write_model
 

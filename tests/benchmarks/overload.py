@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.benchmarks.clients import Figures, request, run
+from tests.benchmarks.load.clients import Figures, request, run
 from tests.benchmarks.server_overhead import start
 from tests.graphs import slow, write_model
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from export.graph import export_graph, serialize
-from tests.benchmarks.clients import request, run
 from tests.benchmarks.footprint import resident_mib
 from tests.benchmarks.int8_speedup import MINI, TOKENS, text_case
+from tests.benchmarks.load.clients import request, run
 from tests.benchmarks.server_overhead import start
 
 CLIENTS = 8

@@ -295,6 +295,22 @@ def test_the_longest_token_bounds_a_texts_tokens(kind: Callable[[], Library]) ->
         assert len(text.encode()) <= len(tokenizer.encode(text)) * tokenizer.longest_token_bytes
 
 
+def test_a_text_of_far_too_many_tokens_is_not_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_of(characters)
+    encode, encoded = tokenizer.encode, []
+
+    def counted(text: str) -> list[int]:
+        encoded.append(len(text))
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", counted)
+    letter = TEXTS[0][0]
+    assert tokenizer.exceeds(letter * 1_000_000, 1000)
+    assert sum(encoded) < 100_000
+    assert not tokenizer.exceeds(letter * 1_000_000, 500_000)
+    assert not tokenizer.exceeds(letter * 100, 10)  # the whole will say it exactly
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe", b"[]", b'{"model": {"type": "BPE"}}'])
 def test_a_broken_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)

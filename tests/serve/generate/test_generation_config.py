@@ -101,6 +101,8 @@ def test_the_graphs_cache_says_the_context() -> None:
         ({"max_num_seqs": "many"}, "'max_num_seqs' is 'many', expected a whole number"),
         ({"max_num_seqs": ""}, "'max_num_seqs' is '', expected a whole number"),
         ({"max_num_seqs": "0"}, "'max_num_seqs' is 0, expected 1 or more"),
+        ({"max_num_seqs": "1025"}, "'max_num_seqs' is 1025, expected 1024 at most"),
+        ({"max_queue_size": "65537"}, "'max_queue_size' is 65537, expected 65536 at most"),
         ({"max_queue_size": "-1"}, "'max_queue_size' is '-1'"),
         ({"max_queue_size": "9" * 5000}, "'max_queue_size' is '999"),
         ({"default_max_tokens": "0"}, "'default_max_tokens' is 0, expected 1 or more"),

@@ -40,6 +40,7 @@ from tests.serve.generate.conftest import (
     write_twin,
 )
 from tests.serve.generate.generation_client import ask, greedy
+from train.tokenization import to_json, train_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,7 +122,11 @@ def test_one_run_at_a_time_has_all_cores_and_its_threads_wait_awake(make: Make, 
     core = make(folder, "gpt")
     settings = core.repository.get("gpt")._session.settings  # type: ignore[attr-defined] # GenerationVersion's
     assert (settings.instances, settings.intra_op_threads) == (1, usable_cores())
-    spinning = {"session.intra_op.allow_spinning": "1", "session.force_spinning_stop": "1"}
+    spinning = {
+        "session.intra_op.allow_spinning": "1",
+        "session.intra_op.spin_duration_us": "20",
+        "session.force_spinning_stop": "1",
+    }
     assert settings.entries == spinning
     with (folder / "gpt" / "config.pbtxt").open("a") as stream:
         stream.write(parameter("session.intra_op.allow_spinning", 0))
@@ -171,6 +176,8 @@ def test_a_tokenizer_that_is_not_the_exporter_s_is_refused(make: Make, folder: P
         (parameter("past_length", "nowhere"), "no input 'nowhere'"),
         (parameter("kv_cache_memory_bytes", 1000), "'kv_cache_memory_bytes' is 1000"),
         ("instance_group { count: 2 }", "instance_group.count is 2"),
+        (parameter("eos_token_id", "3,256"), "'eos_token_id' has 256, expected 0 to 255"),
+        (parameter("past_present_share_buffer", "maybe"), "'maybe', expected true or false"),
         ('input { name: "prompt" data_type: TYPE_STRING dims: 1 }', "no input 'prompt'"),
         ('model_warmup { name: "x" }', "model_warmup"),
     ],
@@ -187,8 +194,22 @@ def test_what_does_not_fit_is_refused_with_its_reason(
 
 
 def test_a_damaged_tokenizer_is_refused(make: Make, folder: Path) -> None:
-    (folder / "gpt" / "1" / "tokenizer.json").write_text("{}")
+    path = folder / "gpt" / "1" / "tokenizer.json"
+    path.write_text("{}")
     assert "tokenizer.json" in refused(lambda: make(folder, "gpt"))
+    path.unlink()
+    path.mkdir()
+    assert "tokenizer.json: expected a file" in refused(lambda: make(folder, "gpt"))
+
+
+def test_another_model_s_tokenizer_is_named(
+    make: Make, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = to_json(train_tokenizer("char", (ALPHABET + "가나",), 0))
+    (folder / "gpt" / "1" / "tokenizer.json").write_bytes(more)
+    core = make(folder, "gpt")
+    assert "2 tokens that only tokenizer.json has" in caplog.text
+    assert "2 tokens that only tokenizer.json has" in core.repository.get("gpt").properties["batching"]
 
 
 def test_a_graph_that_nobody_vouches_for_is_tried_in_a_process_of_its_own(
@@ -322,6 +343,13 @@ def test_a_twin_of_a_model_without_a_tokenizer_takes_ids(
     assert "text_input" in core.repository.get("twin").config.inputs
     core.repository.load_model("ids")
     assert "text_input" not in core.repository.get("twin").config.inputs
+
+
+def test_a_twin_needs_no_version_folder(make: Make, folder: Path) -> None:
+    write_twin(folder / "twin", "gpt")
+    (folder / "twin" / "1").rmdir()
+    core = make(folder, "twin", "gpt")
+    assert unary(core, "twin")
 
 
 def test_a_twin_needs_a_model_that_generates(make: Make, folder: Path) -> None:

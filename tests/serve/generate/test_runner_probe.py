@@ -154,7 +154,7 @@ def test_a_graph_that_copies_its_cache_is_an_error(tmp_path: Path) -> None:
 
 def test_a_cache_that_grows_is_none_in_place() -> None:
     parameters = {**GROWING, "past_present_share_buffer": "true"}
-    with pytest.raises(ModelLoadError, match="failed when it was tried as a decoder: onnxruntime"):
+    with pytest.raises(ModelLoadError, match=r"can't write its cache in place: .*onnxruntime"):
         probe(open_runner(DATA / "gpt2_optimum.onnx", parameters, CONTEXT))
 
 

@@ -39,7 +39,7 @@ def run(kind: str, port: int, message: bytes, core: int | None, **settings: floa
     """What clients of a kind ("closed_loop", "open_loop") in a process of its own saw."""
     settings |= {"port": port}
     words = [kind, json.dumps(settings), json.dumps(core), base64.b64encode(message).decode()]
-    command = [sys.executable, "-m", "tests.benchmarks.clients"]
+    command = [sys.executable, "-m", "tests.benchmarks.load.clients"]
     done = subprocess.run(command, input="\n".join(words), capture_output=True, text=True, check=True)
     figures: Figures = json.loads(done.stdout)
     return figures
