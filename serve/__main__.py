@@ -30,6 +30,7 @@ _COMMANDS = {
     "providers": "serve.runtime.providers",
 }
 _USAGE_ERROR = 2
+_INTERRUPTED = 130  # a shell's status of a program that SIGINT ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # onnxruntime.
     keep_large_blocks()
     quiet_grpc()
-    status: int = importlib.import_module(_COMMANDS[words[0]]).main(words[1:])
+    try:
+        status: int = importlib.import_module(_COMMANDS[words[0]]).main(words[1:])
+    except KeyboardInterrupt:  # also while the command is imported
+        return _INTERRUPTED
     return status
 
 

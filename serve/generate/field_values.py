@@ -1,13 +1,14 @@
 """What a request says about how to generate: one value a field, from three places and in many spellings.
 
-As Triton's vLLM backend takes them: request parameters, the JSON in the input `sampling_parameters` (where
-clients write numbers as strings, too), and here each field also as an input of its own.
+As Triton's vLLM backend takes them: request parameters, the JSON in `sampling_parameters` (where clients
+write numbers as strings, too), which may be either, and here each field also as an input of its own.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from serve.request import Parameter, Tensor
 
 _LONGEST_JSON = 64 << 10
-_LONGEST_NUMBER = 32  # characters of a number that is written as text
+_INTEGER = re.compile("[+-]?[0-9]{1,31}")  # Python reads other scripts' digits as well, and 1_0 as 10
+_OF_NUMBERS = frozenset("0123456789+-.eE")
 _RANGE = range(-(2**63), 2**64)  # INT64, and UINT64 for seeds
 _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
 _INTEGERS = ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
@@ -32,21 +34,30 @@ _NUMBERS = ("FP16", "FP32", "FP64", *_INTEGERS)
 def integer(what: str, value: Any) -> int:
     """A whole number, also one written as text; `what` names it in an error."""
     try:
-        if isinstance(value, str) and len(value) <= _LONGEST_NUMBER:
+        if isinstance(value, str) and _INTEGER.fullmatch(value):
             value = int(value)
         elif isinstance(value, float):
             value = int(value) if value == int(value) else value
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError):  # not a number, or infinite
         value = str(value)
     if isinstance(value, bool) or not isinstance(value, int) or value not in _RANGE:
         raise _wrong(what, "a whole number", value)
     return value
 
 
+def count(what: str, value: Any) -> int:
+    """A whole number of 1 or more."""
+    found = integer(what, value)
+    if found < 1:
+        raise InvalidArgumentError(f"{what} is {found}, expected 1 or more")
+    return found
+
+
 def number(what: str, value: Any) -> float:
     """A finite number, also one written as text."""
     try:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        right = _OF_NUMBERS.issuperset(value) if isinstance(value, str) else isinstance(value, (int, float))
+        if not right or isinstance(value, bool):
             raise _wrong(what, "a number", value)
         found = float(value)
     except (ValueError, OverflowError) as error:
@@ -85,7 +96,7 @@ def _wrong(what: str, expected: str, value: Any) -> InvalidArgumentError:
 
 
 _SAMPLING_KINDS: dict[str, Callable[[str, Any], Any]] = {
-    "max_tokens": integer,
+    "max_tokens": count,
     "min_tokens": integer,
     "temperature": number,
     "top_k": integer,
@@ -140,6 +151,8 @@ _UNSUPPORTED: dict[str, Any] = {
 def values_of(tensors: Mapping[str, Tensor], parameters: Mapping[str, Parameter]) -> dict[str, Any]:
     """The fields that a request gives, by name; an input outdoes the JSON, and that a request parameter.
 
+    JSON in an input outdoes that in a request parameter, key by key.
+
     Args:
         tensors: the request's inputs by name, all of them known.
         parameters: the request's; those of other names are left alone.
@@ -151,10 +164,10 @@ def values_of(tensors: Mapping[str, Tensor], parameters: Mapping[str, Parameter]
     values: dict[str, Any] = {}
     if parameters:
         _take(values, "request parameter", parameters, _KINDS)
+        if SAMPLING_PARAMETERS in parameters:
+            _take_json(values, "request parameter", parameters[SAMPLING_PARAMETERS])
     if SAMPLING_PARAMETERS in tensors:
-        _take(
-            values, SAMPLING_PARAMETERS, _sampling_parameters(tensors[SAMPLING_PARAMETERS]), _SAMPLING_KINDS
-        )
+        _take_json(values, "input", one_text(tensors[SAMPLING_PARAMETERS]))
     given = {name: tensor for name, tensor in tensors.items() if name in _KINDS}
     _take(values, "input", {name: _from_tensor(tensor) for name, tensor in given.items()}, _KINDS)
     return values
@@ -187,25 +200,25 @@ def _spellings(neutral: bool | float) -> set[str]:  # noqa: FBT001 - any value t
     return {str(neutral).lower(), str(int(neutral)), str(float(neutral))}
 
 
-def _sampling_parameters(tensor: Tensor) -> Mapping[str, Any]:
-    text = one_text(tensor)
+def _take_json(values: dict[str, Any], source: str, text: Any) -> None:
+    """Put the values of `sampling_parameters` over those that are there."""
+    what = f"{source} '{SAMPLING_PARAMETERS}'"
+    if not isinstance(text, str):
+        raise _wrong(what, "JSON in a text", text)
     if len(text) > _LONGEST_JSON:
-        raise InvalidArgumentError(
-            f"input '{SAMPLING_PARAMETERS}': expected {_LONGEST_JSON} characters at most, got {len(text)}"
-        )
+        raise InvalidArgumentError(f"{what}: expected {_LONGEST_JSON} characters at most, got {len(text)}")
     try:
         found = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError) as error:
-        raise InvalidArgumentError(f"input '{SAMPLING_PARAMETERS}': expected JSON: {error}") from error
+        raise InvalidArgumentError(f"{what}: expected JSON: {error}") from error
     if not isinstance(found, dict):
-        raise _wrong(f"input '{SAMPLING_PARAMETERS}'", "a JSON object", text)
+        raise _wrong(what, "a JSON object", text)
     for key in found:
         if key not in _SAMPLING_KINDS and key not in _UNSUPPORTED:
             raise InvalidArgumentError(
-                f"input '{SAMPLING_PARAMETERS}': unknown key {key[:100]!r}, expected some of "
-                f"{list(_SAMPLING_KINDS)}"
+                f"{what}: unknown key {key[:100]!r}, expected some of {list(_SAMPLING_KINDS)}"
             )
-    return found
+    _take(values, SAMPLING_PARAMETERS, found, _SAMPLING_KINDS)
 
 
 def _from_tensor(tensor: Tensor) -> Any:
@@ -214,7 +227,7 @@ def _from_tensor(tensor: Tensor) -> Any:
     if kind is texts:
         _expect(tensor, "BYTES")
         return [_decode(tensor.name, element) for element in _row(tensor)]
-    _expect(tensor, *(_INTEGERS if kind is integer else _NUMBERS if kind is number else ("BOOL",)))
+    _expect(tensor, *(_INTEGERS if kind in (integer, count) else _NUMBERS if kind is number else ("BOOL",)))
     return _one_element(tensor).item()
 
 

@@ -109,7 +109,7 @@ class RequestReader:
         sampling = SamplingParameters(**{name: values[name] for name in _SAMPLING_FIELDS if name in values})
         stops = self._stops(values)
         text = one_text(tensors[TEXT_INPUT]) if TEXT_INPUT in tensors else None
-        ids = self._prompt(tensors, text, _wanted_tokens(values))
+        ids = self._prompt(tensors, text, values.get("max_tokens", 1))
         room = self.settings.context_length - len(ids)
         max_tokens = values.get("max_tokens", min(self.settings.default_max_tokens, room))
         if sampling.min_tokens > max_tokens:
@@ -233,14 +233,6 @@ class RequestReader:
         if stops and self.tokenizer is None:
             raise InvalidArgumentError(f"'stop' is a text{self._without_text}")
         return stops
-
-
-def _wanted_tokens(values: Mapping[str, Any]) -> int:
-    """The request's `max_tokens`; where it has none, 1: the least that a prompt must leave room for."""
-    wanted: int = values.get("max_tokens", 1)
-    if wanted < 1:
-        raise InvalidArgumentError(f"'max_tokens' is {wanted}, expected 1 or more")
-    return wanted
 
 
 def _exclude_input(values: Mapping[str, Any], *, stream: bool, text: bool) -> bool:

@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 _COLDEST = 1e-5
 # A trained model's nucleus is nearly always among so many tokens; finding them takes a third of sorting all.
 _USUAL_NUCLEUS = 1024
+# FP32's numbers of full precision; the texts are these, rounded inwards.
 _ABOVE_ZERO = float(np.finfo(np.float32).tiny)
 _FINITE = float(np.finfo(np.float32).max)
+_LEAST, _MOST = "1.2e-38", "3.4e38"
 
 # Of each parameter: the type, the least, the most, and both in words.
 _RANGES: dict[str, tuple[type, float, float, str]] = {
-    "temperature": (Real, 0, _FINITE, "a finite number of 0 (the likeliest token) or more"),
+    "temperature": (Real, 0, _FINITE, f"a number from 0 (the likeliest token) to {_MOST}"),
     "top_k": (Integral, -1, _FINITE, "a whole number of 1 or more, or 0 or -1 for all tokens"),
-    "top_p": (Real, _ABOVE_ZERO, 1, "a number above 0 and up to 1 (all tokens)"),
+    "top_p": (Real, _ABOVE_ZERO, 1, f"a number from {_LEAST} to 1 (all tokens)"),
     "min_p": (Real, 0, 1, "a number from 0 (all tokens) to 1"),
-    "repetition_penalty": (Real, _ABOVE_ZERO, _FINITE, "a finite number above 0; 1 is no penalty"),
+    "repetition_penalty": (Real, _ABOVE_ZERO, _FINITE, f"a number from {_LEAST} to {_MOST}; 1 is no penalty"),
     "presence_penalty": (Real, -2, 2, "a number from -2 to 2; 0 is no penalty"),
     "frequency_penalty": (Real, -2, 2, "a number from -2 to 2; 0 is no penalty"),
     "seed": (Integral, -1, 2**64 - 1, "a whole number from 0 to 2^64 - 1, or -1 for none"),

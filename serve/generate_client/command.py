@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MAX_TOKENS, TEMPERATURE, TOP_P = 128, 0.8, 0.95
 _FLAGS = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
 _TIMEOUT = 300.0
+_LONGEST_TIMEOUT = 1e9  # seconds; gRPC takes far more, and infinity, for a deadline that has passed
 _BY_SIGNAL = 128  # and its number: a shell's status of a program that a signal ended
 
 
@@ -36,10 +37,10 @@ def main(arguments: Sequence[str]) -> int:
         with open_channel(options) as channel:
             generate(Connection(GRPCInferenceServiceStub(channel), options), options, screen)
     except KeyboardInterrupt:
-        screen.end_line()
+        screen.leave()
         return _BY_SIGNAL + signal.SIGINT
-    except BrokenPipeError:  # as of `| head`; what is left in the buffer must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # as of `| head`
+        screen.leave()
         return _BY_SIGNAL + signal.SIGPIPE
     except grpc.RpcError as error:
         return _failed(describe(error, options), screen)
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _failed(message: str, screen: Screen) -> int:
-    screen.end_line()
+    screen.leave()
     print(f"onnxedge generate: {message}", file=sys.stderr)
     return 1
 
@@ -71,6 +72,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)  # the prompt may come after flags
     if options.prompt is None and sys.stdin.isatty():
         parser.error("give a prompt, or pipe one in")
+    if not 0 < options.timeout <= _LONGEST_TIMEOUT:
+        parser.error(f"--timeout: expected above 0 and up to {_LONGEST_TIMEOUT:g}, got {options.timeout:g}")
     return options
 
 
@@ -111,10 +114,10 @@ def generate(connection: Connection, options: argparse.Namespace, screen: Screen
         GenerateError: the prompt can't be read, the model can't be asked this, or it failed.
         grpc.RpcError: the server can't be reached, or refused.
     """
-    prompt = read_prompt(options)
-    metadata = find_model(connection, options.model)
+    model, prompt = _as_utf8("the model's name", options.model), read_prompt(options)
+    metadata = find_model(connection, model)
     question = make_question(options, prompt, metadata.properties.get("context_length", ""))
-    stream = streams(connection, options.model)
+    stream = streams(connection, model)
     request = make_request(metadata, question, stream=stream)
     request.model_version = options.version
     shown = prompt if isinstance(prompt, str) else _as_text(prompt)
@@ -141,18 +144,23 @@ def read_prompt(options: argparse.Namespace) -> str | list[int]:
     Raises:
         GenerateError: it is neither UTF-8 nor numbers.
     """
-    text = options.prompt
-    if text in (None, "-"):
-        try:
-            text = sys.stdin.buffer.read().decode()
-        except UnicodeDecodeError as error:
-            raise GenerateError(f"the prompt is not UTF-8: {error.reason} at byte {error.start}") from error
+    from_stdin = options.prompt in (None, "-")
+    text = _as_utf8("the prompt", sys.stdin.buffer.read() if from_stdin else options.prompt)
     if not options.ids:
-        return str(text)
+        return text
     try:
         return [int(number) for number in text.replace(",", " ").split()]
     except ValueError as error:
         raise GenerateError("with --ids the prompt is token ids, such as '18 47 56'") from error
+
+
+def _as_utf8(what: str, given: str | bytes) -> str:
+    """The text that bytes, or those of an argument, are in UTF-8, whatever the locale's encoding is."""
+    try:
+        return os.fsencode(given).decode()
+    except UnicodeError as error:
+        detail = f": {error.reason} at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
+        raise GenerateError(f"{what} is not UTF-8{detail}") from error
 
 
 def make_question(options: argparse.Namespace, prompt: str | list[int], context: str) -> Question:
@@ -162,8 +170,13 @@ def make_question(options: argparse.Namespace, prompt: str | list[int], context:
         options: as `parse` answers.
         prompt: as `read_prompt` answers.
         context: how many tokens prompt and answer may have together; empty: the model doesn't say.
+
+    Raises:
+        GenerateError: a stop is not UTF-8.
     """
     given = {name: value for name in _FLAGS if (value := getattr(options, name)) is not None}
+    if "stop" in given:
+        given["stop"] = [_as_utf8("--stop", text) for text in given["stop"]]
     most = min(MAX_TOKENS, _room(prompt, int(context))) if context.isdecimal() else MAX_TOKENS
     sampling = {"max_tokens": most, "temperature": TEMPERATURE, "top_p": TOP_P, **given}
     return Question(prompt, sampling, required=frozenset(given), counts=options.stats)

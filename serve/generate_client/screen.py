@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -34,6 +35,14 @@ class Screen:
         """Begin a new line, unless one has just begun."""
         if self._last != "\n":
             self.write("\n")
+
+    def leave(self) -> None:
+        """Begin a new line if that can be done; what is left in the buffer won't fail again at the exit."""
+        try:
+            self.end_line()
+            sys.stdout.flush()
+        except OSError:  # its reader has gone, or its disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Statistics:

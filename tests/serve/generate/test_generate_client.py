@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import serve.__main__ as onnxedge
 from serve.generate_client.command import main
 from tests.serve.generate.conftest import ALPHABET
 from tests.serve.generate.generation_client import greedy
@@ -149,6 +151,37 @@ def test_a_reader_that_has_enough_ends_it(server: RunningServer) -> None:
     assert process.stderr.read() == b""
     assert process.wait(30) == 141
     process.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+@pytest.mark.parametrize("words", [(), ("--no-echo", "--ids")])
+def test_a_full_disk_is_said_in_one_line(server: RunningServer, words: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            command("gpt", "1 2", "--url", server.url, "--max-tokens", "3", *words),
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert re.fullmatch(rb"onnxedge generate: .*No space left on device\n", done.stderr), done.stderr
+
+
+def test_a_prompt_is_utf_8_in_a_locale_that_is_not(server: RunningServer) -> None:
+    done = subprocess.run(
+        command("gpt", "Grüße", "--url", server.url, "--max-tokens", "3", *GREEDY), cwd=ROOT,
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}, capture_output=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"Gr??e")
+
+
+def test_ctrl_c_while_a_command_is_imported_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "interrupted_import.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(onnxedge._COMMANDS, "generate", "interrupted_import")
+    assert onnxedge.main(["generate", "gpt", "a"]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

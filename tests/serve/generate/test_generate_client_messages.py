@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,7 +163,9 @@ def test_tensorrt_llm_gets_its_own_names_and_shapes() -> None:
         (ours(), ["a", "--seed", "-1"], r"'seed' is -1, expected 0 to \d+ \(UINT64\)"),
         (ours(), ["--ids", "9" * 30], r"'input_ids' is 9+, expected"),
         (ours(), ["--ids", "ROMEO"], "with --ids the prompt is token ids, such as '18 47 56'"),
-        (ours(), ["\udcff"], "the prompt is not UTF-8"),
+        (ours(), ["\udcff"], "the prompt is not UTF-8: invalid start byte at byte 0"),
+        (ours(), ["\ud800"], "the prompt is not UTF-8"),
+        (ours(), ["a", "--stop", "\udcff"], "--stop is not UTF-8"),
     ],
 )
 def test_what_cannot_be_asked_is_said(
@@ -170,6 +173,19 @@ def test_what_cannot_be_asked_is_said(
 ) -> None:
     with pytest.raises(GenerateError, match=message):
         make_request(model, question(*words), stream=True)
+
+
+def test_arguments_that_the_locale_cannot_decode_are_utf_8() -> None:
+    words = [os.fsdecode(b"Gr\xc3\xbc\xc3\x9fe"), "--stop", "f\udcc3\udcbcr"]
+    values = sent(make_request(ours(), question(*words), stream=True))
+    assert (values["text_input"][1], values["stop"][1]) == (["Grüße".encode()], ["für".encode()])
+
+
+@pytest.mark.parametrize("seconds", ["nan", "0", "-1", "inf", "1e10"])
+def test_a_timeout_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], seconds: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(["net", "a", f"--timeout={seconds}"])
+    assert "--timeout: expected above 0 and up to 1e+09, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

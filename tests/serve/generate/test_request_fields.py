@@ -91,13 +91,15 @@ DATATYPE_OF = {int: "INT32", float: "FP32", bool: "BOOL"}
 
 
 @pytest.mark.parametrize("spelled", [False, True])
-@pytest.mark.parametrize("source", ["parameters", "json", "inputs"])
+@pytest.mark.parametrize("source", ["parameters", "json", "json parameter", "inputs"])
 def test_fields_come_from_three_places(reader: RequestReader, source: str, *, spelled: bool) -> None:
     values = {name: str(value) if spelled else value for name, value in ALL.items()}
     if source == "parameters":
         found = read(reader, text("a"), **values, stop="x")
     elif source == "json":
         found = read(reader, text("a"), sampling_json(**values, stop=["x"]))
+    elif source == "json parameter":
+        found = read(reader, text("a"), sampling_parameters=json.dumps({**values, "stop": ["x"]}))
     else:
         scalars = [tensor(name, [value], DATATYPE_OF[type(value)]) for name, value in ALL.items()]
         found = read(reader, text("a"), *scalars, text("x", "stop"))
@@ -116,6 +118,15 @@ def test_an_input_outdoes_the_json_and_that_a_parameter(reader: RequestReader) -
         tensor("max_tokens", [3], "INT32"), max_tokens=1, top_k=1, seed=1,
     )  # fmt: skip
     assert (found.max_tokens, found.sampling.top_k, found.sampling.seed) == (3, 2, 1)
+
+
+def test_json_outdoes_a_parameter_also_as_one_and_that_in_an_input_outdoes_both(
+    reader: RequestReader,
+) -> None:
+    in_parameter = json.dumps({"max_tokens": 2, "top_k": 2, "seed": None})
+    fields = {"sampling_parameters": in_parameter, "max_tokens": 1, "top_k": 1, "seed": 1}
+    found = read(reader, text("a"), sampling_json(top_k=3), **fields)
+    assert (found.max_tokens, found.sampling.top_k, found.sampling.seed) == (2, 3, 1)
 
 
 @pytest.mark.parametrize("datatype", ["INT8", "INT16", "INT64", "UINT8", "UINT32", "UINT64"])
@@ -233,6 +244,12 @@ def test_a_prompt_that_cannot_be_is_refused(
         ({"max_tokens": 2**63}, "together"),
         ({"max_tokens": 2.5}, "'max_tokens': expected a whole number, got '2.5'"),
         ({"max_tokens": "x"}, "'max_tokens': expected a whole number, got 'x'"),
+        ({"max_tokens": "1_0"}, "'max_tokens': expected a whole number, got '1_0'"),
+        ({"max_tokens": "٣"}, "'max_tokens': expected a whole number, got '٣'"),
+        ({"max_tokens": " 3"}, "'max_tokens': expected a whole number, got ' 3'"),
+        ({"seed": "++1"}, "'seed': expected a whole number"),
+        ({"temperature": "1_0"}, "'temperature': expected a number, got '1_0'"),
+        ({"temperature": "٣"}, "'temperature': expected a number, got '٣'"),
         ({"max_tokens": "9" * 5000}, "'max_tokens': expected a whole number"),
         ({"max_tokens": True}, "'max_tokens': expected a whole number, got 'True'"),
         ({"max_tokens": float("inf")}, "'max_tokens': expected a whole number, got 'inf'"),
@@ -266,6 +283,23 @@ def test_fields_that_cannot_be_are_refused(
         read(reader, text("ab"), *inputs, **({} if inputs else fields))
 
 
+@pytest.mark.parametrize("value", ["-5", -5, -5.0])
+def test_whoever_asks_for_less_than_a_token_is_told_where(reader: RequestReader, value: Any) -> None:
+    for source, inputs, parameters in (
+        ("request parameter", (), {"max_tokens": value}),
+        ("sampling_parameters", (sampling_json(max_tokens=value),), {}),
+        ("sampling_parameters", (), {"sampling_parameters": json.dumps({"max_tokens": value})}),
+        ("input", (tensor("max_tokens", [int(value)], "INT32"),), {}),
+    ):
+        with pytest.raises(InvalidArgumentError, match=f"^{source} 'max_tokens' is -5, expected 1 or more"):
+            read(reader, text("a"), *inputs, **parameters)
+
+
+def test_a_sign_and_leading_zeros_may_be_written(reader: RequestReader) -> None:
+    found = read(reader, text("a"), max_tokens="+03", seed="-1", temperature="+.5e0")
+    assert (found.max_tokens, found.sampling.seed, found.sampling.temperature) == (3, -1, 0.5)
+
+
 @pytest.mark.parametrize(
     ("json_text", "message"),
     [
@@ -289,6 +323,15 @@ def test_sampling_parameters_that_cannot_be_are_refused(
     with pytest.raises(InvalidArgumentError, match=message) as refused:
         read(reader, text("a"), text(json_text, "sampling_parameters"))
     str(refused.value).encode()  # goes into a header
+    with pytest.raises(InvalidArgumentError, match=message):
+        read(reader, text("a"), sampling_parameters=json_text)
+
+
+@pytest.mark.parametrize("value", [5, 0.5, True])
+def test_sampling_parameters_as_a_parameter_are_text(reader: RequestReader, value: Any) -> None:
+    message = f"request parameter 'sampling_parameters': expected JSON in a text, got '{value}'"
+    with pytest.raises(InvalidArgumentError, match=message):
+        read(reader, text("a"), sampling_parameters=value)
 
 
 def test_what_asks_for_nothing_is_accepted(reader: RequestReader) -> None:
@@ -299,6 +342,7 @@ def test_what_asks_for_nothing_is_accepted(reader: RequestReader) -> None:
     }  # fmt: skip
     assert read(reader, text("a"), sampling_json(**neutral)) == plain
     assert read(reader, text("a"), text("", "sampling_parameters")) == plain
+    assert read(reader, text("a"), sampling_parameters=" ") == plain
     assert read(reader, text("a"), sequence_id=5, timeout=3, somebodys_own="x") == plain
 
 

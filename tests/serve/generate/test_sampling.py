@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -325,6 +326,26 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, values: list[Any]) -
     for value in values:
         with pytest.raises(InvalidArgumentError, match=f"^{name}: expected a .*, got {value!r}"):
             SamplingParameters(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least", "most"),
+    [
+        ("temperature", 1e39, 0.0, 3.4e38),
+        ("top_p", 1e-38, 1.2e-38, 1.0),
+        ("repetition_penalty", 1e-38, 1.2e-38, 3.4e38),
+        ("repetition_penalty", 1e39, 1.2e-38, 3.4e38),
+    ],
+)
+def test_the_bounds_that_a_refusal_names_are_accepted(
+    name: str, value: float, least: float, most: float
+) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        SamplingParameters(**{name: value})  # type: ignore[arg-type]
+    said = str(refused.value).partition(", got")[0]
+    assert [float(found) for found in re.findall(r"\d[\d.]*(?:e[-+]?\d+)?", said)][:2] == [least, most]
+    for bound in (least, most):
+        SamplingParameters(**{name: bound})  # type: ignore[arg-type]
 
 
 def test_numpy_numbers_are_numbers() -> None:
