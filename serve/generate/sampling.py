@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -122,8 +123,8 @@ class _Sampler:
         if self._parameters.min_tokens > len(ids) - prompt_length:
             logits[self._eos[self._eos < logits.size]] = -np.inf
         likeliest = int(logits.argmax())  # where a NaN is, if there is one
-        top = logits[likeliest]
-        if not np.isfinite(top):
+        top = logits.item(likeliest)
+        if not math.isfinite(top):
             raise InternalError(f"logits: expected numbers, got {top} as the largest, of token {likeliest}")
         if self._greedy:
             return likeliest

@@ -61,6 +61,8 @@ class GenerationScheduler:
         self._awaited: dict[Sequence, tuple[Sequence | None, int]] = {}
         self._dropped: list[tuple[Sequence, ServeError]] = []
         self._chunks = 0
+        # The rows of a step that the next one is like: nobody came or went. None: something changed.
+        self._steady: list[Sequence] | None = None
 
     @property
     def waiting(self) -> int:
@@ -107,10 +109,13 @@ class GenerationScheduler:
                     f"cache (max_queue_size {self._settings.max_queue_size}): retry later"
                 )
         self._waiting.append(sequence)
+        self._steady = None
 
     def next(self, now: float) -> Step:
         """What to do now, `now` in seconds on the deadlines' clock; `ran` is to follow if it `runs`."""
         self._drop_dead(now, (*self._waiting, *self._running))
+        if self._steady is not None:
+            return Step(decode=self._steady.copy())
         step = Step(dropped=self._dropped)
         self._dropped = []
         self._end_waits(step)
@@ -120,6 +125,8 @@ class GenerationScheduler:
         self._read(step)
         copied = {slot for copy in step.copies for slot in (copy.source, copy.target)}
         step.released = self._slots.take_released(besides=copied)
+        if not (step.prefill or step.copies or self._awaited or self._slots.has_stale):
+            self._steady = step.decode.copy()
         return step
 
     def ran(self, step: Step, seconds: float) -> None:
@@ -134,6 +141,7 @@ class GenerationScheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """A sequence needs no more: its slot is free, or holds what it read for prompts that begin alike."""
+        self._steady = None
         if sequence.slot is None:
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
@@ -149,6 +157,7 @@ class GenerationScheduler:
         Returns:
             Slots whose memory is no longer needed.
         """
+        self._steady = None
         for slot in list(self._slots.retained):
             self._slots.evict(slot)
         for sequence in self._running:

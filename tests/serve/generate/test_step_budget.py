@@ -96,10 +96,10 @@ def test_it_follows_a_machine_that_changes() -> None:
 
 def test_nobody_streams_so_chunks_are_large() -> None:
     budget = StepBudget(0)
-    assert budget.room(0) == 256
-    assert budget.room(0, 1, 56) == 200
-    assert budget.room(0, 1, 256) == 0
-    assert budget.room(0, 2, 250) == 0, "what is left isn't worth a pass"
+    assert budget.room(0) == 128
+    assert budget.room(0, 1, 28) == 100
+    assert budget.room(0, 1, 128) == 0
+    assert budget.room(0, 2, 122) == 0, "what is left isn't worth a pass"
 
 
 def test_one_chunk_beside_streams_unless_it_was_tiny() -> None:
