@@ -12,16 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import torch
 
 from export.graph import export_graph, serialize
 from export.passes.weight_only import WeightOnly
 from export.targets import processor
-from train.decoding import CachedGPT
-from train.gpt_serving import decode_graph
-from train.transformer import GPT, initialize
+from tests.benchmarks.text_generation.gpt2 import (
+    CONTEXT,
+    HEADS,
+    LAYERS,
+    VOCABULARY,
+    WIDTH,
+    serving_graph,
+)
 
-VOCABULARY, LAYERS, HEADS, WIDTH, CONTEXT = 50257, 12, 12, 768, 1024
 PAST = (32, 512)
 TOKENS = 16
 ROUNDS = 8
@@ -56,14 +59,8 @@ class Decoder:
 
 def main() -> None:
     """Export, quantize, let the graphs take turns, print."""
-    torch.manual_seed(0)
-    gpt = GPT(
-        vocabulary=VOCABULARY, layers=LAYERS, heads=HEADS, width=WIDTH, context=CONTEXT,
-        dropout=0.0, channel_dropout=0.0, bias=True,
-    ).eval()  # fmt: skip
-    initialize(gpt, "gpt2")
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 4096)
-    serving = decode_graph(CachedGPT(gpt).eval(), ids, ids)
+    serving = serving_graph()
     print(f"processor: {processor()}")
     with tempfile.TemporaryDirectory() as folder:
         decoders = {}
