@@ -211,9 +211,10 @@ class RequestReader:
         assert tokenizer is not None, "input_specs has no text_input without one"
         size = len(text.encode())
         if size > most * tokenizer.longest_token_bytes:
+            least = size // tokenizer.longest_token_bytes
             raise InvalidArgumentError(
-                f"the prompt has {size} bytes, expected {most} tokens at most (max_prompt_length), of which "
-                f"none has more than {tokenizer.longest_token_bytes} bytes: shorten it"
+                f"the prompt has {least} tokens or more (max_prompt_length), expected {most} at most: "
+                "shorten it"
             )
         if tokenizer.exceeds(text, most):
             raise InvalidArgumentError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from serve.errors import InvalidArgumentError, ModelLoadError, RetiredError, UnavailableError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from serve.request import Call, InferRequest, InferResponse
 
     Find = Callable[[str], ServedVersion | None]
+
+logger = logging.getLogger(__name__)
 
 
 class TwinVersion:
@@ -63,6 +66,8 @@ class TwinVersion:
         self._config = generation_model_config(message, name, has_tokenizer=True)
         self._message = message
         found = find(self._model)
+        if found is None:
+            logger.warning("'%s' answers with '%s', which is not loaded yet", name, self._model)
         if self._model == name or not (found is None or isinstance(found, GenerationVersion)):
             raise ModelLoadError(
                 f"config.pbtxt: parameter '{GENERATION_MODEL}' is {self._model!r}, expected the name of a "

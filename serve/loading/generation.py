@@ -128,6 +128,14 @@ def _try(message: pb.ModelConfig, session: Session, path: Path) -> _Tried:
         raise
     for finding in findings:
         logger.warning("'%s': %s", name, finding)
+    logger.info(
+        "'%s': up to %d texts at a time, %d tokens each, %d together, %d bytes of cache a token",
+        name,
+        settings.max_num_seqs,
+        settings.context_length,
+        settings.cache_tokens,
+        graph.bytes_per_token,
+    )
     return _Tried(config, settings, tokenizer, runner, findings)
 
 

@@ -383,7 +383,7 @@ def test_text_needs_a_tokenizer(inputs: tuple[Tensor, ...], message: str) -> Non
 def test_a_huge_text_is_refused_unread(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Tokenizer, "encode")
     reader = RequestReader("m", SETTINGS, VOCABULARY, tokenizer, streams=True)
-    with pytest.raises(InvalidArgumentError, match=r"has 1000000 bytes, expected 20 tokens at most"):
+    with pytest.raises(InvalidArgumentError, match=r"has \d{5,} tokens or more .*expected 20 at most"):
         read(reader, text("ä" * 500_000))
 
 
