@@ -21,6 +21,7 @@ from tests.serve.generate.decoders import (
     DATA,
     GROWING,
     NAMES,
+    THIRD_PARTY,
     golden,
     greedy,
     open_runner,
@@ -225,9 +226,9 @@ def test_a_closed_runner_lets_go_of_its_memory(tmp_path: Path) -> None:
     assert runner.cache.memory._memory.closed
 
 
-def test_a_cache_beyond_all_addresses_is_an_error_that_says_so(tmp_path: Path) -> None:
+def test_a_cache_beyond_all_addresses_is_an_error_that_says_so() -> None:
     with pytest.raises(ModelLoadError, match=r"can't reserve \d+ bytes .* lower context_length"):
-        runner_of("genai", tmp_path, slots=2**45)
+        open_runner(DATA / THIRD_PARTY["genai"].file, THIRD_PARTY["genai"].parameters, 2**40)
 
 
 def test_rows_that_shrink_give_back_what_lies_behind_them() -> None:
