@@ -25,7 +25,6 @@ TEXT_INPUT, INPUT_IDS = "text_input", "input_ids"
 TEXT_OUTPUT, OUTPUT_IDS, FINISH_REASON = "text_output", "output_ids", "finish_reason"
 NUM_INPUT_TOKENS, NUM_OUTPUT_TOKENS = "num_input_tokens", "num_output_tokens"
 SAMPLING_PARAMETERS = "sampling_parameters"
-STOP_NAMES = ("stop", "stop_words")
 
 _INPUTS = _specs(
     (TEXT_INPUT, "BYTES", 1),
@@ -58,7 +57,7 @@ _OUTPUTS = _specs(
     (NUM_INPUT_TOKENS, "UINT32", 1),
     (NUM_OUTPUT_TOKENS, "UINT32", -1),
 )
-_OF_TEXT = (TEXT_INPUT, TEXT_OUTPUT, *STOP_NAMES)
+_OF_TEXT = (TEXT_INPUT, TEXT_OUTPUT, "stop", "stop_words")
 
 
 def input_specs(*, has_tokenizer: bool) -> dict[str, TensorSpec]:

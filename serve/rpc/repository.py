@@ -41,7 +41,10 @@ def model_load(core: InferenceCore, request: pb.RepositoryModelLoadRequest) -> p
 def model_unload(
     core: InferenceCore, request: pb.RepositoryModelUnloadRequest
 ) -> pb.RepositoryModelUnloadResponse:
-    """Take a model out of service; no model depends on another here, whatever `unload_dependents` says."""
+    """Take a model out of service alone, whatever `unload_dependents` says.
+
+    A twin of a generation model stays, and answers UNAVAILABLE until that is loaded again.
+    """
     name = _model_name(core, request)
     dependents = request.parameters.get("unload_dependents")
     if dependents is not None and dependents.WhichOneof("parameter_choice") != "bool_param":
