@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import statistics
 import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -244,7 +246,7 @@ def test_a_thousand_requests_leave_the_cache_as_it_was(setup: Setup) -> None:
     """Random lengths, ends and cancels, also of what waits or reads; memory is back where it was."""
     ids = [token for text in setup.texts for token in text[0]]
     schedule = random.Random(0)  # noqa: S311 - a schedule
-    before = 0
+    sizes: list[int] = []
     for _round in range(5):
         outputs = []
         for _ in range(200):
@@ -263,13 +265,15 @@ def test_a_thousand_requests_leave_the_cache_as_it_was(setup: Setup) -> None:
             output.wait()
             assert output.error is None or isinstance(output.error, CanceledError)
         return_freed_memory()
-        before = before or resident_bytes()
+        sizes.append(resident_bytes())
     assert setup.held() == 0
     setup.scheduler.forget_prefixes()
     setup.scheduler.check()
     assert setup.scheduler.cache_usage == 0
     return_freed_memory()
-    assert resident_bytes() - before < 4 << 20
+    sizes.append(resident_bytes())
+    # A leak grows in every round; one round alone may grow by what the allocator keeps of other work.
+    assert statistics.median(after - before for before, after in pairwise(sizes)) < 1 << 19
 
 
 def test_identical_prompts_are_read_once(setup: Setup) -> None:

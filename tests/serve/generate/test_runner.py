@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
-from pathlib import Path
+import statistics
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from serve.generate.cache_tensors import CacheTensors
 from serve.generate.growing_rows import TwoHalves
 from serve.generate.shared_cache import SharedCache
 from serve.generate.step import Chunk, Copy, Step
+from serve.process import resident_bytes, return_freed_memory
 from tests.serve.generate.decoders import (
     CONTEXT,
     DATA,
@@ -31,6 +33,7 @@ from tests.serve.generate.random_steps import RandomSteps, advance, sequence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from serve.generate.runner import Runner
 
@@ -159,19 +162,22 @@ def test_a_thousand_steps_and_a_release_leave_no_memory_behind(runner: Runner, n
         steps.generate([sequence(prompt, 120) for prompt in texts.prompts])
         for slot in range(runner.slots):
             runner.cache.release(slot)
-        gc.collect()
         return steps.steps
 
     round_of_steps(0)
-    before, steps = resident_bytes(), 0
-    while steps < 1000:
+    sizes, steps = [settled_bytes()], 0
+    while steps < 1000 or len(sizes) < 6:
         steps += round_of_steps(steps)
-    # The 16 texts of a round take 1.5 MB at least.
-    assert resident_bytes() - before < 2**20
+        sizes.append(settled_bytes())
+    # The 16 texts of a round take 1.5 MB at least, and each round would leave them. One may grow by what
+    # the allocator keeps of this process's other work: 2.6 MB were seen once, behind 2 000 other tests.
+    assert statistics.median(after - before for before, after in pairwise(sizes)) < 2**19
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def settled_bytes() -> int:
+    gc.collect()
+    return_freed_memory()
+    return resident_bytes()
 
 
 def test_a_slot_takes_the_memory_of_its_tokens_and_gives_it_back(runner: Runner) -> None:
