@@ -24,9 +24,12 @@ THREADS = $(shell echo $$(( $(CPUS) > $(JOBS) ? $(CPUS) / $(JOBS) : 1 )))
 # Each line says whose it is. Ctrl-C reaches this filter too, which must outlive the last message.
 NAMED = 2>&1 | (trap '' INT; sed -u -e '/^next: /d' -e '/^$*: /!s/^/$*: /')
 FLAGS ?=
+# `make loadtest`: the runs, and a server that is there already instead of one of its own.
+SUITE ?= loadtest/targets.toml
+URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve models entries test lint bench proto clean
+.PHONY: help serve models entries test lint loadtest bench proto clean
 .SECONDARY:
 
 help: ## list the targets
@@ -85,6 +88,9 @@ lint: $(VENV)/installed ## ruff and mypy
 test: lint ## everything CI runs
 	@echo "== tests"
 	@$(BIN)/python -m pytest
+
+loadtest: models ## a minute of load on what `make serve` serves, and a verdict on loadtest/targets.toml
+	@$(BIN)/python -m loadtest suite $(SUITE) --out runs/loadtest $(if $(URL),--url $(URL),--serve models)
 
 bench: $(VENV)/installed ## timings on this machine, printed, not judged
 	@for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

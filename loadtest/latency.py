@@ -1,51 +1,94 @@
-"""Latencies of a run, counted to the microsecond."""
+"""Distributions of times, to the microsecond: HDR histograms that can be merged, saved and read again."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
+import numpy as np
 from hdrh.histogram import HdrHistogram
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_LOWEST_US, _HIGHEST_US, _DIGITS = 1, 600_000_000, 3
-PERCENTILES = (50.0, 90.0, 99.0)
+    from numpy.typing import NDArray
+
+# One hour at most, three digits of each value: 0.1 % of it, or a microsecond.
+_LOWEST_US, _HIGHEST_US, _DIGITS = 1, 3_600_000_000, 3
+PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99)
 
 
-class LatencyRecorder:
-    """An HDR histogram of the answered requests, and the failures by status.
+class Histogram:
+    """Times in milliseconds, kept in microseconds.
 
     locust's own statistics round to 1 ms below 100 ms: a service of 0.33 ms reads as p50 0, p99 1.
     """
 
-    def __init__(self) -> None:
-        self._histogram = HdrHistogram(_LOWEST_US, _HIGHEST_US, _DIGITS)
-        self.failures: Counter[str] = Counter()
+    def __init__(self, nanoseconds: NDArray[np.int64] | None = None) -> None:
+        self._hdr = HdrHistogram(_LOWEST_US, _HIGHEST_US, _DIGITS)
+        if nanoseconds is not None and len(nanoseconds):
+            micro = np.clip(np.round(nanoseconds / 1000), 0, _HIGHEST_US).astype(np.int64)
+            for value, count in zip(*(a.tolist() for a in np.unique(micro, return_counts=True)), strict=True):
+                self._hdr.record_value(value, count)
 
-    @property
-    def answered(self) -> int:
-        """How many requests were answered."""
-        return int(self._histogram.get_total_count())
+    @classmethod
+    def decode(cls, text: str) -> Histogram:
+        """The histogram that `encode` wrote, in HdrHistogram's own format (V2, deflate, base 64)."""
+        made = cls()
+        made._hdr = HdrHistogram.decode(text)
+        return made
+
+    def encode(self) -> str:
+        """The whole distribution as text."""
+        encoded = self._hdr.encode()
+        return encoded.decode() if isinstance(encoded, bytes) else str(encoded)
+
+    def add(self, other: Histogram) -> None:
+        """Count what the other one has counted, too."""
+        self._hdr.add(other._hdr)
 
     def record(self, milliseconds: float) -> None:
-        """Count an answered request."""
-        self._histogram.record_value(round(milliseconds * 1000))
+        """Count one."""
+        self._hdr.record_value(round(milliseconds * 1000))
+
+    @property
+    def count(self) -> int:
+        """How many were counted."""
+        return int(self._hdr.get_total_count())
+
+    @property
+    def mean(self) -> float:
+        """In milliseconds; 0 of none."""
+        return float(self._hdr.get_mean_value()) / 1000 if self.count else 0.0
+
+    @property
+    def max(self) -> float:
+        """In milliseconds; 0 of none."""
+        return float(self._hdr.get_max_value()) / 1000 if self.count else 0.0
+
+    @property
+    def min(self) -> float:
+        """In milliseconds; 0 of none."""
+        return float(self._hdr.get_min_value()) / 1000 if self.count else 0.0
 
     def percentile(self, percent: float) -> float:
-        """The latency in milliseconds that `percent` of the answered requests did not exceed."""
-        return float(self._histogram.get_value_at_percentile(percent)) / 1000
+        """The milliseconds that `percent` of them did not exceed; 0 of none."""
+        return float(self._hdr.get_value_at_percentile(percent)) / 1000 if self.count else 0.0
 
-    def table(self, seconds: float, percentiles: Iterable[float] = PERCENTILES) -> str:
-        """Throughput, percentiles and failures as the lines of a report."""
-        rows = [
-            ("requests answered", f"{self.answered}"),
-            ("throughput", f"{self.answered / seconds:.1f} requests/s"),
-            ("mean", f"{self._histogram.get_mean_value() / 1000:.3f} ms"),
-            *((f"p{percent:g}", f"{self.percentile(percent):.3f} ms") for percent in percentiles),
-            ("max", f"{self._histogram.get_max_value() / 1000:.3f} ms"),
-            ("failed", f"{self.failures.total()}"),
-            *((f"  {status}", str(count)) for status, count in self.failures.most_common()),
+    def percentiles(self, percents: Iterable[float] = PERCENTILES) -> dict[str, float]:
+        """Percent to milliseconds."""
+        return {f"{percent:g}": self.percentile(percent) for percent in percents}
+
+    def at_most(self, milliseconds: float) -> int:
+        """How many took no longer."""
+        micro = round(milliseconds * 1000)
+        return sum(value.count_added_in_this_iter_step for value in self._hdr.get_recorded_iterator()
+                   if value.value_iterated_to <= self._hdr.get_highest_equivalent_value(micro))  # fmt: skip
+
+    def counts(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The values that occurred, in milliseconds and in order, and how often each did."""
+        found = [
+            (step.value_iterated_to / 1000, step.count_added_in_this_iter_step)
+            for step in self._hdr.get_recorded_iterator()
         ]
-        return "\n".join(f"{name:<18} {value}" for name, value in rows)
+        values, counts = zip(*found, strict=True) if found else ((), ())
+        return np.array(values, np.float64), np.array(counts, np.int64)

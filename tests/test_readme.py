@@ -62,7 +62,8 @@ class Copy:
             text = text.replace(port, str(own))
         for command in ("infer mobilenet", "generate gpt_generate"):
             text = text.replace(command, f"{command} --url localhost:{self.ports['8001']}")
-        text = text.replace("--duration 3", f"--duration 3 --url localhost:{self.ports['8001']}")
+        for duration in ("--duration 3", "--duration 5"):
+            text = text.replace(duration, f"{duration} --url localhost:{self.ports['8001']}")
         return ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
 
     def run(self, language: str, text: str) -> str:
@@ -107,15 +108,36 @@ def test_every_block_does_what_the_readme_says(served: Copy) -> None:
         if text == "make test\n":  # this very run; that it would start is all that can be tried here
             assert "pytest" in served.run("sh", "make --dry-run test")
             continue
+        if text == "make loadtest\n":
+            assert_a_verdict_is_given(served)
+            continue
         output = served.run(language, text)
         if "onnxedge infer" in text:
             assert output.splitlines()[0].split(maxsplit=1)[1] == "Ankle boot"
         if "loadtest" in text:
             assert "throughput" in output
+        if "loadtest compare" in text:
+            assert "95 % interval" in output
+            assert "</html>" in (served.folder / "before.html").read_text()
         if "lstm_sequence" in text:
             assert output.splitlines()[-1] == "(1, 96, 7)"
         if "curl" in text:
             assert 'nv_inference_request_success{model="mobilenet",version="1"}' in output
+
+
+def assert_a_verdict_is_given(served: Copy) -> None:
+    """Which one depends on this machine: whether it kept the targets, and whether it let the load be sent on time."""
+    done = subprocess.run(
+        served.command("sh", "make loadtest"),
+        cwd=served.folder, env=served.environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    verdict = re.search(r"^verdict: (PASSED|FAILED|INVALID)$", done.stdout, re.MULTILINE)
+    assert verdict, done.stdout + done.stderr
+    assert (done.returncode == 0) == (verdict[1] == "PASSED")
+    rows = re.findall(r"^(\w[\w, ]*?) +\d+\.\d +\d+\.\d+ +\d+\.\d+ +(\d+) +\w+$", done.stdout, re.MULTILINE)
+    assert {name for name, _ in rows} >= {"mobilenet", "resnet", "lstm", "bert", "gpt", "gpt, token by token"}
+    assert {errors for _, errors in rows} == {"0"}, done.stdout
+    assert len(list((served.folder / "runs" / "loadtest").glob("*.html"))) == len(rows)
 
 
 @pytest.mark.timeout(120)

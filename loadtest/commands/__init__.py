@@ -1,0 +1,1 @@
+"""What `python -m loadtest` does: a module each, with `main(arguments) -> exit status`."""

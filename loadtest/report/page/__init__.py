@@ -1,0 +1,1 @@
+"""What the page of HTML is made of: escaped markup, axes, plots, tables."""
