@@ -103,7 +103,7 @@ def _name(code: int) -> str:
 
 
 def _stream_figures(samples: Samples, seconds: float) -> StreamFigures | None:
-    streamed = samples.first > 0
+    streamed = (samples.first > 0) & (samples.status == OK)
     if not streamed.any():
         return None
     tokens = int(samples.tokens.sum())

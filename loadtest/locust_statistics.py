@@ -1,4 +1,4 @@
-"""locust's statistics in fractions of a millisecond.
+"""locust's statistics in fractions of a millisecond, and complete.
 
 locust counts response times below 100 ms by the whole millisecond, and prints and writes whole ones: a
 service of 0.33 ms has a p50 of 0. `keep_fractions` replaces the rounding, for which locust has a hook, and
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _DIGITS = 3
 _P999 = 0.999
 _whole_to_dict = stats.StatsEntry.to_dict
+_close_files = stats.StatsCSVFileWriter.close_files
 
 
 def keep_fractions() -> None:
@@ -31,6 +32,7 @@ def keep_fractions() -> None:
         (stats.StatsEntry, "percentile", _percentile_line),
         (stats.StatsEntry, "to_dict", _to_dict),
         (stats.StatsCSV, "_percentile_fields", _percentile_fields),
+        (stats.StatsCSVFileWriter, "close_files", _complete_files),
     )
     for owner, name, ours in replaced:
         assert hasattr(owner, name), f"this locust has no {name}"
@@ -118,3 +120,13 @@ def _to_dict(entry: Any, *arguments: Any, **named: Any) -> dict[str, Any]:
     exact = {"min_response_time": entry.min_response_time or 0, "max_response_time": entry.max_response_time}
     rounded = {name: bucket(time) for name, time in exact.items()}
     return {**_whole_to_dict(entry, *arguments, **named), **rounded}
+
+
+def _complete_files(writer: Any) -> None:
+    """The files of --csv with the test's last second, which is missing where they are written once a second."""
+    for kind in ("requests", "failures", "exceptions"):
+        file = getattr(writer, f"{kind}_csv_filehandle")
+        file.seek(0)
+        getattr(writer, f"{kind}_csv")(getattr(writer, f"{kind}_csv_writer"))
+        file.truncate()
+    _close_files(writer)

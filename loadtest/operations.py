@@ -94,7 +94,7 @@ class MemoryWatch(Repeating):
                 (series for name in _MEMORY for series in found if series.startswith(name)), ""
             )
             if self.series:
-                self.megabytes.append(found[self.series] / 2**20)
+                self.megabytes.append(found[self.series] / 1e6)
 
     @property
     def growth(self) -> float:

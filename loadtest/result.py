@@ -92,8 +92,10 @@ class RunResult:
     @property
     def verdict(self) -> str:
         """`failed`, `invalid` (nothing can be said) or `passed`; without conditions errors fail."""
+        if not self.total.answered:
+            return "failed"
         if not self.conditions:
-            return "failed" if self.total.failed or not self.total.answered else "passed"
+            return "failed" if self.total.failed else "passed"
         failed = [checked for checked in self.conditions if checked.failed]
         if any(checked.of_server or not self.validity.generator_limited for checked in failed):
             return "failed"

@@ -148,7 +148,7 @@ def result_of(
     result = RunResult(
         scenario=settings.scenario,
         load=load,
-        command=[shlex.quote(word) for word in sys.argv[1:]],
+        command=_command(sys.argv[1:]),
         seed=seed,
         started=recording.started.isoformat(timespec="seconds"),
         target=describe_target(setting.questions),
@@ -167,6 +167,17 @@ def result_of(
     )
     result.conditions = check(settings, total, per_model, extras)
     return result
+
+
+def _command(words: Sequence[str]) -> list[str]:
+    """The command line without the values of headers, which may be secrets and have no place in a report."""
+    shown = list(words)
+    for n, word in enumerate(words):
+        if word in ("--header", "-H") and n + 1 < len(words):
+            shown[n + 1] = f"{words[n + 1].partition(':')[0]}: ..."
+        elif word.startswith(("--header=", "-H")):
+            shown[n] = f"{word.partition(':')[0]}: ..."
+    return [shlex.quote(word) for word in shown]
 
 
 def check(

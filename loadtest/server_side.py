@@ -49,6 +49,13 @@ class ModelSide:
     compute_output: float = 0.0
     batch_sizes: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def rows_per_run(self) -> float:
+        """The mean of the batch sizes; of token generation, whose requests take many runs, too."""
+        runs = sum(self.batch_sizes.values()) or self.executions
+        rows = sum(int(size) * count for size, count in self.batch_sizes.items()) or self.inferences
+        return rows / runs if runs else 0.0
+
 
 @dataclass
 class ServerSide:

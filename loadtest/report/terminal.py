@@ -136,7 +136,7 @@ def _server(result: RunResult) -> str:
     rows = [
         [name, str(side.requests), str(side.failed),
          *(f"{getattr(side, stage):.3f}" for stage in ("total", *STAGES)),
-         f"{side.inferences / side.executions:.2f}" if side.executions else "-"]
+         f"{side.rows_per_run:.2f}"]
         for name, side in models.items()
     ]  # fmt: skip
     return table([header, *rows])

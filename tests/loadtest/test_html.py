@@ -294,18 +294,26 @@ def test_streams_have_their_times_and_tokens() -> None:
 
 
 def test_failures_stand_on_answers_over_time() -> None:
-    status = np.where(np.arange(1000) < 500, 0, grpc.StatusCode.UNAVAILABLE.value[0])
+    # Nothing fails in the first half, every fifth request in the second: 5 of the 25 of a slice.
+    fails = (np.arange(1000) >= 500) & (np.arange(1000) % 5 == 0)
+    status = np.where(fails, grpc.StatusCode.UNAVAILABLE.value[0], 0)
     result = result_of(samples_of(EVERY_10_MS, np.full(1000, MS), status=status.tolist()), 10.0)
     section = next(part for part in parsed(page(result)).iter("section") if part[0].text == "Over time")
-    rates = next(section.iter("figure"))
-    heights = {
-        style: [float(rect.get("height") or 0) for rect in rates.iter("rect") if rect.get("class") == style]
+    drawn = {
+        style: [
+            (float(rect.get("y") or 0), float(rect.get("height") or 0))
+            for rect in next(section.iter("figure")).iter("rect")
+            if rect.get("class") == style
+        ][1:]  # without the legend's
         for style in ("answered", "failed")
     }
-    answers, failures = heights["answered"][1:], heights["failed"][1:]  # without the legend's
-    assert len(failures) == 20
-    assert answers[:20] == failures
-    assert set(answers[20:]) == {0.0}
+    assert [len(columns) for columns in drawn.values()] == [40, 20]
+    for (top, height), (failed_top, failed_height) in zip(
+        drawn["answered"][20:], drawn["failed"], strict=True
+    ):
+        assert failed_top + failed_height == pytest.approx(top, abs=0.11)
+        assert height == pytest.approx(4 * failed_height, rel=0.01)
+        assert height + failed_height == pytest.approx(drawn["answered"][0][1], abs=0.11)
 
 
 def test_the_curves_whiskers_are_the_bounds() -> None:

@@ -21,6 +21,13 @@ def test_percentiles_are_those_of_the_samples() -> None:
     assert histogram.at_most(0.5) == pytest.approx((samples <= 0.5e6).sum(), rel=0.002)
 
 
+def test_figures_are_those_of_hdrh_itself() -> None:
+    histogram = Histogram(np.random.default_rng(3).lognormal(15, 1.5, 20_000).astype(np.int64))
+    for percent in (0.1, 1, 25, *PERCENTS, 100):
+        assert histogram.percentile(percent) * 1000 == histogram._hdr.get_value_at_percentile(percent)
+    assert histogram.mean * 1000 == pytest.approx(histogram._hdr.get_mean_value(), rel=0.001)
+
+
 def test_a_third_of_a_millisecond_is_that() -> None:
     assert Histogram(np.full(1000, 330_000)).percentile(50) == pytest.approx(0.33, abs=0.001)
 

@@ -71,19 +71,12 @@ def _bar(model: str, times: dict[str, float]) -> Markup:
 
 
 def _row(model: str, side: ModelSide, times: dict[str, float], service: float) -> list[str]:
-    rows = f"{rows_per_run(side):.2f}" if side.executions else "–"
+    rows = f"{side.rows_per_run:.2f}" if side.executions else "–"
     stages = [f"{times[stage]:.3f}" for stage in STAGES]
     return [
         model, grouped(side.requests), grouped(side.failed), *stages, f"{side.total:.3f}",
         f"{times['rest']:.3f}" if service else "–", f"{service:.3f}" if service else "–", rows,
     ]  # fmt: skip
-
-
-def rows_per_run(side: ModelSide) -> float:
-    """The mean of the batch sizes: of a model that generates, a row has many runs."""
-    if not side.batch_sizes:
-        return side.inferences / max(1, side.executions)
-    return sum(int(size) * runs for size, runs in side.batch_sizes.items()) / sum(side.batch_sizes.values())
 
 
 def batch_sizes(result: RunResult) -> Markup:
@@ -93,7 +86,7 @@ def batch_sizes(result: RunResult) -> Markup:
         for name, side in result.server.models.items() if side.batch_sizes
     }  # fmt: skip
     plots = [
-        _sizes(name, sizes, rows_per_run(result.server.models[name]))
+        _sizes(name, sizes, result.server.models[name].rows_per_run)
         for name, sizes in found.items() if len(sizes) > 1
     ]  # fmt: skip
     same = [

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _WIDTH = 1000
 HEIGHT = 220
 _TICK_ROOM, _TITLE_ROOM = 20, 42
-_CROWDED = 0.08
+_CROWDED = 0.11
 
 
 def across(fraction: float) -> str:

@@ -1,0 +1,133 @@
+"""locust as a user runs it, and a server that remembers when requests came."""
+
+from __future__ import annotations
+
+import csv
+import re
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+
+from loadtest.stub import Behaviour, Stub
+from loadtest.target import SERVICE
+from tests.loadtest.conftest import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+LOCUST = (sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py")
+DEADLINE = 30.0
+QUARTILES = np.array([0.25, 0.5, 0.75])
+OF_A_POISSON_PROCESS = (-np.log(1 - QUARTILES)).tolist()
+
+
+def locust(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A test without a web page, to its end; all that it says is in `stdout`."""
+    return subprocess.run(
+        [*LOCUST, "--headless", "--only-summary", *map(str, arguments)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+@contextmanager
+def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A process of locust that ends with the block."""
+    with subprocess.Popen(
+        [*LOCUST, *map(str, arguments)],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def rows(prefix: Path) -> dict[str, dict[str, float]]:
+    """locust's figures of a test that wrote --csv, by name; `Aggregated` is all together."""
+    with prefix.with_name(f"{prefix.name}_stats.csv").open() as file:
+        return {
+            row.pop("Name"): {key: number(cell) for key, cell in row.items()} for row in csv.DictReader(file)
+        }
+
+
+def number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return float("nan")
+
+
+def sent_late(output: str) -> list[int]:
+    """How many requests each process says that it sent."""
+    return [int(count) for count in re.findall(r"(\d+) requests were sent late by", output)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def until(found: Callable[[], Any], what: str) -> Any:
+    """Wait for what becomes true, and give it."""
+    end = time.monotonic() + DEADLINE
+    while not (value := found()):
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+    return value
+
+
+class Recorder(Stub):
+    """A stub that answers at once and remembers when each request came."""
+
+    def __init__(self) -> None:
+        super().__init__(Behaviour())
+        self.times: list[int] = []
+
+    def infer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        self.times.append(time.perf_counter_ns())
+        return super().infer(request, context)
+
+    def arrivals(self) -> NDArray[np.float64]:
+        """Seconds from the first one on."""
+        times = np.sort(np.array(self.times)) / 1e9
+        return times - times[0]
+
+
+@contextmanager
+def recording() -> Iterator[tuple[Recorder, str]]:
+    """A recorder that serves, and its url."""
+    recorder = Recorder()
+    server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+    handlers = grpc.method_handlers_generic_handler(SERVICE.removeprefix("/"), recorder.handlers())
+    server.add_generic_rpc_handlers((handlers,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield recorder, f"127.0.0.1:{port}"
+    finally:
+        server.stop(0).wait()
+
+
+def variation(arrivals: NDArray[np.float64]) -> float:
+    """The coefficient of variation of the times between arrivals: 1 of a Poisson process, 0 of a clock."""
+    gaps = np.diff(arrivals)
+    return float(gaps.std() / gaps.mean())
+
+
+def gap_quartiles(arrivals: NDArray[np.float64], rate: float) -> list[float]:
+    """Of the times between arrivals, in units of their mean; they hardly change when the machine stalls once."""
+    quartiles: list[float] = (np.quantile(np.diff(arrivals), QUARTILES) * rate).tolist()
+    return quartiles
