@@ -187,7 +187,7 @@ def _check_realtime() -> None:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     except OSError as error:
         raise TargetError(
-            f"--realtime: {error.strerror}; it needs root or CAP_SYS_NICE, and a container's share of real time"
+            f"--realtime: {error.strerror}; it needs root or CAP_SYS_NICE, and a container's leave"
         ) from error
     os.sched_setscheduler(0, *before)
 

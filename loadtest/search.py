@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 LOWEST_RATE = 0.1
+_LARGEST_STEP = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,19 @@ class Found:
 
     @property
     def curve(self) -> list[Probe]:
-        """The probes by rate, of runs that the generator was fit for."""
-        return sorted((p for p in self.probes if not p.generator_limited), key=lambda p: p.rate)
+        """The medians of the runs at each rate that the generator was fit for, by rate."""
+        fit = sorted((p for p in self.probes if not p.generator_limited), key=lambda p: p.rate)
+        return [_median(list(runs)) for _, runs in groupby(fit, key=lambda p: p.rate)]
+
+
+def _median(probes: list[Probe]) -> Probe:
+    """As one run: most of them say whether the target is kept, each figure is the median."""
+    figures = {
+        name: median(getattr(probe, name) for probe in probes)
+        for name in ("throughput", "goodput", "p50", "p99", "p999")
+    }
+    kept = 2 * sum(probe.kept for probe in probes) > len(probes)
+    return Probe(probes[0].rate, kept, why=probes[-1].why, **figures)
 
 
 class Search:
@@ -121,8 +135,8 @@ class Search:
         return probe.kept
 
     def _confirm(self, rate: float) -> None:
-        """Go down until so many runs in a row keep the target."""
-        limit = self.found.limit
+        """Go down, by larger steps each time, until so many runs in a row keep the target."""
+        limit, step = self.found.limit, self._precision
         while rate >= LOWEST_RATE:
             kept = 0
             while kept < self._confirmations and self._once(rate):
@@ -130,5 +144,5 @@ class Search:
             if kept == self._confirmations:
                 self.found.rate, self.found.confirmations = rate, kept
                 break
-            rate *= 1 - self._precision
+            rate, step = rate * (1 - step), min(step + self._precision, _LARGEST_STEP)
         self.found.limit = limit

@@ -14,6 +14,7 @@ from loadtest.conditions import time_of
 from loadtest.early_stopping import samples_needed
 from loadtest.flags import add_load_flags, add_model_flags, conditions_of, settings_of, specs_of
 from loadtest.machine import describe_machine, describe_versions
+from loadtest.report.search_html import write_search_html
 from loadtest.report.terminal import table
 from loadtest.run import check, describe_target, run
 from loadtest.search import Found, Probe, Search
@@ -158,5 +159,8 @@ def _write(options: argparse.Namespace, found: Found, targets: list[str], target
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(content, indent=1) + "\n")
             print(f"written: {options.json}")
+        if options.html:
+            write_search_html(content, found, options.html)
+            print(f"written: {options.html}")
     except OSError as error:
         raise CommandError(f"the report: {error}") from error

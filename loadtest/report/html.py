@@ -22,6 +22,8 @@ from loadtest.report.page.tables import (
 from loadtest.report.page.timeline import timeline
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loadtest.result import RunResult
 
 _STYLE = Path(__file__).parent / "page" / "page.css"
@@ -41,17 +43,22 @@ def write_html(result: RunResult, path: Path) -> None:
 
 def page(result: RunResult) -> str:
     """The page; parts that the result has nothing for are left out."""
+    return document(f"Load test of {title_of(result)}: {result.verdict}", _sections(result))
+
+
+def document(title: str, sections: Sequence[Markup]) -> str:
+    """Sections as a page of their own."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
-        element("title", f"Load test of {title_of(result)}: {result.verdict}"),
+        element("title", title),
         element("link", rel="icon", href="data:,"),
         element("style", Markup(_STYLE.read_text())),
     )  # fmt: skip
-    body = element("body", element("main", *_sections(result)))
+    body = element("body", element("main", *sections))
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 

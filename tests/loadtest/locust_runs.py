@@ -103,7 +103,8 @@ class Recorder(Stub):
     def arrivals(self) -> NDArray[np.float64]:
         """Seconds from the first one on."""
         times = np.sort(np.array(self.times)) / 1e9
-        return times - times[0]
+        since_first: NDArray[np.float64] = times - times[0]
+        return since_first
 
 
 @contextmanager
@@ -128,6 +129,6 @@ def variation(arrivals: NDArray[np.float64]) -> float:
 
 
 def gap_quartiles(arrivals: NDArray[np.float64], rate: float) -> list[float]:
-    """Of the times between arrivals, in units of their mean; they hardly change when the machine stalls once."""
+    """Of the times between arrivals, in units of their mean; a machine that stalls once hardly changes them."""
     quartiles: list[float] = (np.quantile(np.diff(arrivals), QUARTILES) * rate).tolist()
     return quartiles

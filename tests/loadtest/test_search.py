@@ -70,6 +70,7 @@ def test_the_capacity_of_a_stub_is_found(start_stub: Callable[..., str], tmp_pat
         done = loadtest(
             "search", "--model=stub", f"--url={url}", "--target=p99<40ms", "--arrivals=constant",
             "--start=300", "--duration=3", "--warmup=0.3", f"--json={tmp_path / 'curve.json'}",
+            f"--html={tmp_path / 'curve.html'}",
         )  # fmt: skip
         print(done.stdout)
         assert done.returncode == 0, done.stderr
@@ -82,6 +83,11 @@ def test_the_capacity_of_a_stub_is_found(start_stub: Callable[..., str], tmp_pat
     assert max(probe["p99"] for probe in kept) < 40
     assert all(probe["goodput"] == pytest.approx(probe["rate"], rel=0.02) for probe in kept)
     assert "confirmed 3 times; a higher rate misses the target" in done.stdout
+    page = (tmp_path / "curve.html").read_text()
+    assert (page.count("<svg"), f"{found['rate']:.1f} requests per second keep p99&lt;40ms" in page) >= (
+        2,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
