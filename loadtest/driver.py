@@ -120,10 +120,10 @@ class OpenLoop:
         """How many were sent, or would have been."""
         wake_on_time()
         load, calls, finished, figures = self._load, self._calls, self._finished, self._progress.figures
-        stop, start = self._progress.stop, self._start
+        stopped, start = partial(self._progress.stop.__getitem__, 0), self._start
         plan = zip(load.offsets.tolist(), load.models.tolist(), load.requests.tolist(), strict=True)
         for index, (offset, model, request) in enumerate(plan):
-            if not wait_until(start + offset, partial(stop.__getitem__, 0)):
+            if not wait_until(start + offset, stopped):
                 return index
             at = now() - start
             self._sent[index] = at

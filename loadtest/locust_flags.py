@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from loadtest.target import Target
 
 MODEL, HOST = "mobilenet", "localhost:8001"
+# A second of them is drawn at a time.
+MOST_RATE = 1e6
 _IN_WEB_UI = (
     "model",
     "batch_size",
@@ -210,7 +212,10 @@ def rates_of(values: Mapping[str, Any]) -> tuple[Stage, ...]:
         raise SettingsError("--rate is one rate and --rate-stages several: choose one of them")
     if stages and (rate or rate_stages):
         raise SettingsError("--stages are of users, and an open loop has none: use --rate-stages")
-    return parse_stages(rate_stages, "--rate-stages") if rate_stages else _steady(rate)
+    found = parse_stages(rate_stages, "--rate-stages") if rate_stages else _steady(rate)
+    if any(stage.value > MOST_RATE for stage in found):
+        raise SettingsError(f"a rate of {max(s.value for s in found):g} requests/s: at most {MOST_RATE:g}")
+    return found
 
 
 def _steady(text: str) -> tuple[Stage, ...]:

@@ -33,6 +33,8 @@ MOST_UNDER_WAY = 10_000
 # Later than this, the latencies are the load generator's as much as the server's.
 LATE_MS = 2.0
 _NAP = 0.05  # seconds between looks at whether to stop
+_RETRY = 1e-3  # while the greenlet is behind
+_TURN_NS = 1_000_000
 _sleep = get_original("time", "sleep")
 now = time.perf_counter_ns
 
@@ -68,21 +70,29 @@ class Pacer:
         """The thread: nothing of gevent's but `_wake.send` may be used here."""
         wake_on_time()
         for arrival in arrivals:
-            while (left := self._start + arrival.due - now()) > 0:
+            while (left := self._start + arrival.due - now()) > 0 or self.backlog >= MOST_UNDER_WAY:
                 if self._stopped:
                     return
-                _sleep(min(left / 1e9, _NAP))
+                _sleep(min(left / 1e9, _NAP) if left > 0 else _RETRY)
             self._due.append(arrival)
             self._wake.send()
             if self._stopped:
                 return
 
+    @property
+    def backlog(self) -> int:
+        """How many requests are due that nobody has taken."""
+        return len(self._due)
+
     def take(self, stopped: Callable[[], bool]) -> Iterator[Arrival]:
         """The requests, each when it is due, to the end of the schedule or until it is to stop."""
         while not stopped():
-            ended = self._thread.ready()
+            ended, turn = self._thread.ready(), now()
             while self._due and not stopped():
                 yield self._due.popleft()
+                if now() - turn > _TURN_NS:
+                    gevent.sleep(0)  # the answers' turn
+                    turn = now()
             if ended:
                 self._thread.get()  # raises what ended it early
                 return
@@ -99,10 +109,12 @@ class OpenLoop:
 
     Attributes:
         lag: milliseconds from when a request was due to when it was sent.
+        unsent: how many were due at the end and had not been sent.
     """
 
     def __init__(self, calls: Calls, report: Callable[[int, int, Answer], None]) -> None:
         self.lag = Histogram()
+        self.unsent = 0
         self._calls = calls
         self._report = report
         self._under_way: dict[int, Callable[[], object]] = {}
@@ -123,8 +135,11 @@ class OpenLoop:
             stopped: whether to send no more.
         """
         with Pacer(arrivals, start) as pacer:
-            for arrival in pacer.take(stopped):
-                self._send(arrival.model, start + arrival.due)
+            try:
+                for arrival in pacer.take(stopped):
+                    self._send(arrival.model, start + arrival.due)
+            finally:
+                self.unsent = pacer.backlog
         while self._under_way:
             self._answered.wait()
             self._answered.clear()
@@ -179,4 +194,5 @@ class OneUserPerProcess(UsersDispatcher):
             if user_class.fixed_count and target_user_count:
                 user_class.fixed_count = count
                 target_user_count, spawn_rate = max(target_user_count, count), max(spawn_rate, count)
+                self._try_dispatch_fixed = True  # a process that joined has none yet
         super().new_dispatch(target_user_count, spawn_rate, user_classes)

@@ -123,7 +123,7 @@ def _to_dict(entry: Any, *arguments: Any, **named: Any) -> dict[str, Any]:
 
 
 def _complete_files(writer: Any) -> None:
-    """The files of --csv with the test's last second: locust writes them once a second, and not at the end."""
+    """The files of --csv with the test's last second: locust writes them once a second, not at the end."""
     for kind in ("requests", "failures", "exceptions"):
         file = getattr(writer, f"{kind}_csv_filehandle")
         file.seek(0)

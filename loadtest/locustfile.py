@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import time
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +25,7 @@ import gevent
 import grpc.experimental.gevent as grpc_gevent
 from locust import User, constant, events, task
 from locust.exception import CatchResponseError, StopUser
-from locust.runners import MasterRunner, WorkerRunner
+from locust.runners import STATE_INIT, STATE_SPAWNING, MasterRunner, WorkerRunner
 from locust.user.task import LOCUST_STATE_STOPPING
 
 from loadtest.locust_calls import Answer, Calls, now
@@ -55,6 +56,7 @@ events.init_command_line_parser.add_listener(add_flags)  # type: ignore[no-untyp
 
 _TYPE = "gRPC"
 _REFUSED = "load refused"
+_SPAWN_LOOKS = 100
 
 
 class InferenceUser(User):
@@ -152,6 +154,10 @@ class OpenLoopUser(InferenceUser):
                 self._loop.under_way,
             )
             self._loop.give_up()
+        if self._loop.unsent:
+            logger.warning(
+                "%d requests were due at the end, not sent, and are not counted", self._loop.unsent
+            )
         lag = self._loop.lag
         late = lag.percentile(99) > LATE_MS
         logger.log(
@@ -231,5 +237,14 @@ def end_test(environment: Environment, reason: str, process: str = "local") -> N
     if all(row["msg"] != reason for row in runner.exceptions.values()):
         logger.error("%s", reason)
         # In a greenlet of its own: this one may be among those that it ends.
-        gevent.spawn(runner.quit if _options(environment).headless else runner.stop)
+        gevent.spawn(runner.quit if _options(environment).headless else partial(_stop, runner))
     runner.log_exception(process, reason, "")
+
+
+def _stop(runner: Any) -> None:
+    """Stop once all users are started: locust loses a worker that is stopped before."""
+    for _ in range(_SPAWN_LOOKS):
+        if runner.state not in (STATE_INIT, STATE_SPAWNING):
+            break
+        gevent.sleep(0.1)
+    runner.stop()

@@ -1,14 +1,14 @@
-"""The locustfile under the real locust: both loops, all ways to start it, what it writes, how it fails."""
+"""The locustfile under the real locust: both loops, what they send, and what it says of them."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
+import signal
 import subprocess
 import sys
-import urllib.parse
-import urllib.request
+import time
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,8 @@ from loadtest.schedule import arrivals, steady
 from tests.graphs import scaled, write_model
 from tests.loadtest.conftest import ROOT, loadtest
 from tests.loadtest.locust_runs import (
-    OF_A_POISSON_PROCESS,
-    free_port,
+    LIKE_A_POISSON_PROCESS,
+    TRIES,
     gap_quartiles,
     locust,
     recording,
@@ -30,7 +30,6 @@ from tests.loadtest.locust_runs import (
     started,
     until,
 )
-from tests.serve.certificates import Authority
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,32 +90,55 @@ print(*(text(t) for t in (0, 0.33333, 3.3333, 33.333, 333.33, 333333.0)))
 
 
 def test_the_open_loop_keeps_to_its_schedule(tmp_path: Path) -> None:
-    with recording() as (recorder, url):
-        done = locust(
-            "--host", url, "--model", "stub", "--rate", str(RATE), "--seed", "7", "-t", "3s",
-            "--csv", tmp_path / "run", "--stop-timeout", "10",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        seen = recorder.arrivals()
-    wanted = np.array(scheduled(7, 4))[: len(seen)]
-    late = seen - (wanted - wanted[0])
-    # Most, because this machine does other things, too.
-    assert np.quantile(np.abs(late - np.median(late)), 0.8) < 5e-3
-    assert len(seen) == pytest.approx(3 * RATE, rel=0.15)
-    assert gap_quartiles(seen, RATE) == pytest.approx(OF_A_POISSON_PROCESS, rel=0.3)
-    assert rows(tmp_path / "run")["stub"]["Request Count"] == sum(sent_late(done.stdout)) == len(seen)
+    wanted = np.array(scheduled(7, 3))
+    tried = []
+    for _ in range(TRIES):
+        with recording() as (recorder, url):
+            done = locust(
+                "--host", url, "--model", "stub", "--rate", str(RATE), "--seed", "7", "-t", "2s",
+                "--csv", tmp_path / "run", "--stop-timeout", "10",
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout
+            seen = recorder.arrivals()
+        assert rows(tmp_path / "run")["stub"]["Request Count"] == sum(sent_late(done.stdout)) == len(seen)
+        assert len(seen) == pytest.approx(2 * RATE, rel=0.15)
+        late = seen - (wanted[: len(seen)] - wanted[0])
+        off = float(np.quantile(np.abs(late - np.median(late)), 0.8))
+        tried.append((off, gap_quartiles(seen, RATE)))
+        if off < 5e-3 and tried[-1][1] == LIKE_A_POISSON_PROCESS:
+            return
+    raise AssertionError(tried)
 
 
 def test_a_freeze_counts_for_all_who_would_have_come_in_an_open_loop_alone(
     start_stub: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Half a second of two without answers: more than a tenth of the requests wait for 0.1 s."""
-    url = start_stub("--freeze=0.5", "--every=2")
+    """Half a second of one and a half without answers: more than a tenth of the requests wait for 0.1 s."""
+    url = start_stub("--freeze=0.5", "--every=1.5")
     for load in (("--rate", str(RATE), "--stop-timeout", "10"), ("-u", "1")):
-        done = locust("--host", url, "--model", "stub", *load, "-t", "3s", "--csv", tmp_path / load[0])
+        done = locust("--host", url, "--model", "stub", *load, "-t", "2s", "--csv", tmp_path / load[0])
         assert done.returncode == 0, done.stdout
     assert rows(tmp_path / "--rate")["stub"]["90%"] > 100
     assert rows(tmp_path / "-u")["stub"]["90%"] < 50
+
+
+def test_a_client_that_was_held_up_counts_from_the_schedule(tmp_path: Path) -> None:
+    """Half a second of two in which locust itself stands still, which is said."""
+    flags = ("--rate", str(RATE), "-t", "2s", "--stop-timeout", "10", "--csv", tmp_path / "run")
+    with recording() as (recorder, url):
+        command = ("--headless", "--only-summary", "--host", url, "--model", "stub", *flags)
+        with started(*command) as process:
+            until(lambda: len(recorder.times) > 50, "no requests")
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGCONT)
+            output = process.communicate(timeout=30)[0]
+    assert process.returncode == 0, output
+    row = rows(tmp_path / "run")["stub"]
+    assert row["Request Count"] == sum(sent_late(output)) == len(recorder.times)
+    assert 100 < row["90%"] <= row["Max Response Time"]
+    assert row["Max Response Time"] > 450
+    assert "more than a server should be judged by" in output
 
 
 def seed_of_the_rate(times: Callable[[int], Any], seconds: float) -> int:
@@ -167,11 +189,11 @@ def test_a_mix_is_called_by_weight_each_model_in_a_row_of_its_own(
         ("--rate", ("--model", "one", "--model", "three=3")),
     ):
         value = "2" if load == "-u" else "400"
-        done = locust("--host", url, *models, load, value, "-r", "2", "-t", "2s", "--csv", tmp_path / load)
+        done = locust("--host", url, *models, load, value, "-r", "2", "-t", "1s", "--csv", tmp_path / load)
         assert done.returncode == 0, done.stdout
         found = rows(tmp_path / load)
         one, three = (found[name]["Request Count"] for name in ("one", "three"))
-        assert one + three == found["Aggregated"]["Request Count"] > 300
+        assert one + three == found["Aggregated"]["Request Count"] > 200
         assert three / (one + three) == pytest.approx(0.75, abs=0.1)
 
 
@@ -189,153 +211,23 @@ def test_a_stream_has_a_row_for_its_first_token_which_is_no_request_more(
         found = rows(tmp_path / load)
         whole, first = found["stub"], found["stub first token"]
         assert whole["Request Count"] == first["Request Count"] == found["Aggregated"]["Request Count"] > 5
-        assert 50 <= first["Min Response Time"]
+        assert first["Min Response Time"] >= 50
         assert first["50%"] + 150 < whole["50%"]
         assert whole["Min Response Time"] >= 250
     assert sent_late(done.stdout) == [whole["Request Count"]]
 
 
-def test_what_is_under_way_at_the_end_is_given_up_and_said(start_stub: Callable[..., str]) -> None:
-    done = locust("--host", start_stub("--service-ms=5000"), "--model", "stub", "--rate", "20", "-t", "1s")
-    assert done.returncode == 0, done.stdout
-    (sent,) = sent_late(done.stdout)
-    assert f"{sent} requests were under way at the end and are not counted" in done.stdout
-
-
-def test_tls_and_tokens_are_used_and_their_refusal_ends_the_test(
-    tmp_path: Path, serve: Callable[..., RunningServer]
+def test_what_is_under_way_at_the_end_is_given_up_and_said(
+    start_stub: Callable[..., str], tmp_path: Path
 ) -> None:
-    write_model(tmp_path / "models" / "tiny", scaled(1))
-    right, wrong = Authority(tmp_path / "right"), Authority(tmp_path / "wrong")
-    pair, client = right.issue("server"), right.issue("client")
-    tokens = tmp_path / "tokens"
-    tokens.write_text("secret-0123456789abcdef\n")
-    tokens.chmod(0o600)
-    server = serve(
-        "--model-repository", tmp_path / "models", "--grpc-use-ssl-mutual",
-        f"--grpc-server-cert={pair.certificate}", f"--grpc-server-key={pair.key}",
-        f"--grpc-root-cert={right.root}", f"--auth-token-file={tokens}",
+    url = start_stub("--service-ms=300")
+    done = locust(
+        "--host", url, "--model", "stub", "--rate", "10", "-t", "1s", "--csv", tmp_path / "run"
     )  # fmt: skip
-    base = (
-        "--host",
-        f"localhost:{server.grpc_port}",
-        "--model",
-        "tiny",
-        "-t",
-        "1s",
-        "--csv",
-        tmp_path / "run",
-    )
-    shown = ("--client-cert", client.certificate, "--client-key", client.key)
-    token = ("--header", "authorization: Bearer secret-0123456789abcdef")
-    good = locust(*base, "--root-cert", right.root, *shown, "--token-file", tokens)
-    assert good.returncode == 0, good.stdout
-    assert rows(tmp_path / "run")["tiny"]["Failure Count"] == 0
-    for status, flags in (
-        ("UNAVAILABLE", ("--root-cert", wrong.root, *shown, *token)),
-        ("UNAUTHENTICATED", ("--root-cert", right.root, *shown, "--header", "authorization: Bearer wrong")),
-    ):
-        assert_refused(locust(*base, *flags), f"localhost:{server.grpc_port}: {status}")
-
-
-def assert_refused(done: subprocess.CompletedProcess[str], reason: str) -> None:
-    """One line says why."""
-    assert (done.returncode, "Traceback" in done.stdout) == (1, False), done.stdout
-    (line,) = (line for line in done.stdout.splitlines() if "ERROR" in line)
-    assert reason in line
-
-
-@pytest.mark.parametrize(
-    "load", [("--rate", str(RATE)), ("--rate", str(RATE), "--arrivals", "constant"), ("-u", "4")]
-)
-def test_processes_share_the_load(load: tuple[str, ...], tmp_path: Path) -> None:
-    with recording() as (recorder, url):
-        done = locust(
-            "--host", url, "--model", "stub", *load, "-r", "4", "-t", "2s", "--processes", "2",
-            "--stop-timeout", "10", "--csv", tmp_path / "run",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        seen = recorder.arrivals()
-    total = rows(tmp_path / "run")["Aggregated"]
-    assert (total["Request Count"], total["Failure Count"]) == (len(seen), 0)
-    assert any(total[f"{percent}%"] % 1 for percent in ("50", "90", "99"))
-    if load[0] == "--rate":
-        shares = sent_late(done.stdout)
-        assert (len(shares), sum(shares)) == (2, len(seen))
-        assert shares[0] == pytest.approx(shares[1], rel=0.5)
-        assert total["Requests/s"] == pytest.approx(RATE, rel=0.15)
-        expected = [1.0] * 3 if "constant" in load else OF_A_POISSON_PROCESS
-        assert gap_quartiles(seen, RATE) == pytest.approx(expected, rel=0.4)
-
-
-def test_a_master_and_workers_of_their_own(target: RunningServer, tmp_path: Path) -> None:
-    """The workers are told nothing but where the master is."""
-    port = str(free_port())
-    workers = ("--worker", "--master-host", "127.0.0.1", "--master-port", port)
-    with started(*workers) as first, started(*workers) as second:
-        done = locust(
-            "--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--expect-workers", "2",
-            "--host", target.url, "--model", "tiny", "--rate", "100", "-t", "1s", "--csv", tmp_path / "run",
-        )  # fmt: skip
-        outputs = [worker.communicate(timeout=30)[0] for worker in (first, second)]
-    assert done.returncode == 0, done.stdout
-    assert [len(sent_late(output)) for output in outputs] == [1, 1]
-    total = rows(tmp_path / "run")["Aggregated"]
-    assert (total["Request Count"] > 40, total["Failure Count"]) == (True, 0)
-
-
-def ask(port: int, path: str, **form: object) -> Any:
-    """An answer of the web page's server; a form is posted."""
-    data = urllib.parse.urlencode(form).encode() if form else None
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data, timeout=10) as answer:
-        text = answer.read().decode()
-    return json.loads(text) if path != "/" else text
-
-
-def test_the_web_page_starts_and_stops_tests_as_its_form_says(target: RunningServer) -> None:
-    port = free_port()
-    form = {"user_count": 2, "spawn_rate": 2, "host": target.url, "model": "tiny"}
-    with started("--web-host", "127.0.0.1", "--web-port", str(port)) as process:
-
-        def page() -> str:
-            assert process.poll() is None
-            try:
-                return str(ask(port, "/"))
-            except OSError:
-                return ""
-
-        def counted(state: str) -> dict[str, Any]:
-            report = ask(port, "/stats/requests")
-            busy = state != "running" or any(row["num_requests"] for row in report["stats"])
-            return dict(report) if report["state"] == state and busy else {}
-
-        shown = until(page, "no page")
-        assert all(f'"{field}"' in shown for field in ("model", "rate", "arrivals", "stages"))
-        assert '"header"' not in shown  # secrets stay on the command line
-        for load, users in (({}, 2), ({"rate": 100}, 1), ({"stages": "1:1s", "rate": ""}, 1)):
-            assert ask(port, "/swarm", **form, **load)["success"]
-            report = until(lambda: counted("running"), f"{load}: nothing was counted")
-            assert report["user_count"] == users
-            assert (report["stats"][0]["name"], report["stats"][0]["num_failures"]) == ("tiny", 0)
-            assert report["stats"][0]["min_response_time"] % 1
-            if "stages" not in load:  # which end by themselves
-                assert ask(port, "/stop", stop=1)["success"]
-            until(lambda: counted("stopped"), f"{load}: it didn't stop")
-        wrong = ask(port, "/swarm", **{**form, "rate": "fast", "stages": ""})
-        assert (wrong["success"], "--rate is 'fast'" in wrong["message"]) == (False, True)
-        ask(port, "/swarm", **{**form, "model": "nope", "rate": "", "stages": ""})
-        until(lambda: "NOT_FOUND" in json.dumps(ask(port, "/exceptions")), "no reason was given")
-        until(lambda: counted("stopped"), "it didn't stop")
-        process.terminate()
-        output = process.communicate(timeout=30)[0]
-    assert (process.returncode, "Traceback" in output) == (1, False), output  # the last test failed
-
-
-def test_a_shape_has_as_many_users_as_its_stages_say(target: RunningServer) -> None:
-    done = locust("--host", target.url, "--model", "tiny", "--stages", "1:1s,3:1s", "-r", "10")
-    assert done.returncode == 0, done.stdout
-    spawned = re.findall(r"All users spawned: .* \((\d) total users\)", done.stdout)
-    assert spawned == ["1", "3"]
+    assert (done.returncode, "Traceback" in done.stdout) == (0, False), done.stdout
+    left = re.search(r"(\d+) requests were under way at the end and are not counted", done.stdout)
+    assert left
+    assert sent_late(done.stdout) == [int(left[1]) + rows(tmp_path / "run")["Aggregated"]["Request Count"]]
 
 
 def test_an_open_loop_in_stages_ends_with_them() -> None:
@@ -346,7 +238,8 @@ def test_an_open_loop_in_stages_ends_with_them() -> None:
         assert done.returncode == 0, done.stdout
         seen = recorder.arrivals()
     slow, fast = np.histogram(seen, [0, 1, 10])[0]
-    assert 20 < slow < 100 < 180 < fast < 330
+    assert slow == pytest.approx(50, abs=30)
+    assert fast == pytest.approx(250, abs=70)
 
 
 def test_errors_are_one_row_for_each_reason(start_stub: Callable[..., str], tmp_path: Path) -> None:
@@ -358,38 +251,3 @@ def test_errors_are_one_row_for_each_reason(start_stub: Callable[..., str], tmp_
     assert "INTERNAL: the stub was told to" in failure["Error"]
     row = rows(tmp_path / "run")["stub"]
     assert int(failure["Occurrences"]) == row["Failure Count"] == row["Request Count"] // 2
-
-
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        (("--host", "127.0.0.1:1"), "127.0.0.1:1: UNAVAILABLE"),
-        (("--host", "127.0.0.1:1", "--wait", "0.2"), "nothing answers within 0.2 s"),
-        (("--model", "nope"), "NOT_FOUND: Request for unknown model: 'nope'"),
-        (
-            ("--model", "nope", "--rate", "10", "--processes", "2"),
-            "NOT_FOUND: Request for unknown model: 'nope'",
-        ),
-        (("--ssl",), "UNAVAILABLE"),
-        (("--token-file", "nothing"), "nothing"),
-        (("--header", "x"), "expected 'NAME: VALUE'"),
-        (("--model", "tiny=0"), "--model is 'tiny=0'"),
-        (("--rate", "1", "--stages", "1:1s"), "use --rate-stages"),
-        (("--timeout", "0"), "--timeout is 0"),
-        (("OpenLoopUser",), "OpenLoopUser needs --rate"),
-    ],
-)
-def test_a_test_that_can_not_begin_is_one_line(
-    target: RunningServer, flags: tuple[str, ...], reason: str
-) -> None:
-    host = () if "--host" in flags else ("--host", target.url)
-    assert_refused(locust("--model", "tiny", "-t", "60s", *host, *flags), reason)
-
-
-@pytest.mark.parametrize(
-    "flags", [("--rate", "fast"), ("--rate", "0"), ("--stages", "5"), ("--rate-stages", "1:x")]
-)
-def test_a_flag_that_can_not_be_read_is_one_line(flags: tuple[str, ...]) -> None:
-    done = locust(*flags, "--processes", "2")
-    assert (done.returncode, len(done.stdout.splitlines())) == (2, 1), done.stdout
-    assert flags[0] in done.stdout

@@ -1,7 +1,7 @@
 """MLPerf LoadGen's system under test: a server, asked with NVIDIA's client. LoadGen schedules and measures.
 
 A process of its own: tritonclient's protobuf messages have our names, and LoadGen is installed apart.
-Usage: python loadgen_system.py LOAD.json FOLDER; LoadGen writes its summary to the folder.
+Usage: python loadgen_system.py LOAD.json FOLDER; LoadGen writes its summary and its trace to the folder.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def settings(loadgen: Any, load: dict[str, Any]) -> Any:
     made.server_target_qps = load["rate"]
     made.min_query_count = made.max_query_count = round(load["rate"] * load["seconds"])
     made.min_duration_ms = 0  # the number of queries says when it ends
-    made.schedule_rng_seed, made.sample_index_rng_seed = load["seed"], load["seed"] + 1
+    made.schedule_rng_seed = load["seed"]
     return made
 
 
@@ -38,8 +39,9 @@ def main() -> None:
     loadgen: Any = importlib.import_module("mlperf_loadgen")
     load = json.loads(Path(sys.argv[1]).read_text())
     client = triton.InferenceServerClient(load["url"])
-    samples = [[tensor(load["input"], value)] for value in load["values"]]
-    client.infer(load["model"], samples[0])  # connects
+    requests = [[tensor(load["input"], value)] for value in load["values"]]
+    client.infer(load["model"], requests[0])  # connects
+    in_turn = cycle(requests)
     failed: list[str] = []
 
     def finish(query: int, *, result: Any, error: Any) -> None:
@@ -50,14 +52,15 @@ def main() -> None:
 
     def issue(queries: list[Any]) -> None:
         for query in queries:
-            client.async_infer(load["model"], samples[query.index], partial(finish, query.id))
+            # LoadGen's library has one sample: it would draw from several, the others take them in turn.
+            client.async_infer(load["model"], next(in_turn), partial(finish, query.id))
 
     logs = loadgen.LogSettings()
     logs.log_output.outdir = sys.argv[2]
     logs.log_output.copy_summary_to_stdout = False
-    logs.enable_trace = False
+    logs.enable_trace = True  # for the times of its schedule
     system = loadgen.ConstructSUT(issue, lambda: None)
-    library = loadgen.ConstructQSL(len(samples), len(samples), lambda _: None, lambda _: None)
+    library = loadgen.ConstructQSL(1, 1, lambda _: None, lambda _: None)
     loadgen.StartTestWithLogSettings(system, library, settings(loadgen, load), logs)
     loadgen.DestroyQSL(library)
     loadgen.DestroySUT(system)

