@@ -1,4 +1,4 @@
-"""The command line: `onnxedge serve`, `onnxedge infer`, `onnxedge generate`, `onnxedge providers`."""
+"""The command line: `onnxedge` and `serve`, `infer`, `generate`, `health`, `providers`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ usage: onnxedge COMMAND [flags]
   serve      serve a model repository over gRPC     onnxedge serve --model-repository models/
   infer      classify an image with a served model  onnxedge infer mobilenet --image boot.png
   generate   let a served model write text          onnxedge generate gpt_generate "ROMEO:"
+  health     does a server, or a model, serve?      onnxedge health
   providers  what this device can run graphs on     onnxedge providers
 
 `onnxedge COMMAND --help` lists a command's flags. Flags without a command are those of serve, as with
@@ -27,7 +28,8 @@ _COMMANDS = {
     "serve": "serve.transport.run",
     "infer": "serve.client",
     "generate": "serve.generate_client.command",
-    "providers": "serve.runtime.providers",
+    "health": "serve.health_client",
+    "providers": "serve.runtime.command",
 }
 _USAGE_ERROR = 2
 _INTERRUPTED = 130  # a shell's status of a program that SIGINT ended

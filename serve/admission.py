@@ -7,6 +7,7 @@ import logging
 import threading
 from pathlib import Path
 
+from serve.cgroups import MOUNT, OWN, cgroup_folders
 from serve.errors import UnavailableError
 from serve.observability.occasionally import Occasionally
 
@@ -14,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 _SHARE = 8  # of the memory that the server may use, for messages
 _LEAST_BUDGET = 64 << 20
+_MEMORY_FILES = {1: "memory.limit_in_bytes", 2: "memory.max"}
+_NO_LIMIT = 1 << 62  # version 1 writes a number past this, version 2 "max"
 
 
 class Admission:
@@ -111,13 +114,19 @@ def default_byte_limit() -> int:
     return max(_LEAST_BUDGET, memory_limit() // _SHARE)
 
 
-def memory_limit(
-    cgroup: Path = Path("/sys/fs/cgroup/memory.max"), meminfo: Path = Path("/proc/meminfo")
-) -> int:
-    """Bytes that this process may use: its cgroup's limit (v2) or the machine's memory; 0: unknown."""
-    limits = []
-    with contextlib.suppress(OSError, ValueError):  # "max", or no cgroup v2
-        limits.append(int(cgroup.read_text()))
+def memory_limit(cgroup: Path = MOUNT, own: Path = OWN, meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that this process may use: what its cgroups grant, or the machine's memory; 0: unknown.
+
+    Args:
+        cgroup: where the cgroups are mounted.
+        own: which of them the process is in, one line `hierarchy:controllers:path` each.
+        meminfo: the machine's.
+    """
+    limits: list[int] = []
+    for version, folder in cgroup_folders("memory", cgroup, own):
+        with contextlib.suppress(OSError, ValueError):  # "max", or no limit here
+            limits.append(int((folder / _MEMORY_FILES[version]).read_text()))
+    limits = [limit for limit in limits if limit < _NO_LIMIT]
     with contextlib.suppress(OSError, ValueError, StopIteration):
         total = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:"))
         limits.append(int(total.split()[1]) * 1024)

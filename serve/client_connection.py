@@ -15,9 +15,25 @@ def add_connection_flags(parser: argparse.ArgumentParser, timeout: float) -> Non
         parser: of the command.
         timeout: seconds until an RPC is given up, unless the flag says otherwise.
     """
-    group = parser.add_argument_group("connection")
-    group.add_argument("--url", "-u", default="localhost:8001", help="the server (default: %(default)s)")
+    group = add_channel_flags(parser, timeout)
     group.add_argument("--version", "-x", default="", help="model version (default: the latest)")
+
+
+def add_channel_flags(
+    parser: argparse.ArgumentParser, timeout: float, url: str = "localhost:8001"
+) -> argparse._ArgumentGroup:
+    """Add the flags that say which server and how to get there.
+
+    Args:
+        parser: of the command.
+        timeout: seconds until an RPC is given up, unless the flag says otherwise.
+        url: the server, unless the flag says otherwise.
+
+    Returns:
+        the group that they are in.
+    """
+    group = parser.add_argument_group("connection")
+    group.add_argument("--url", "-u", default=url, help="the server (default: %(default)s)")
     group.add_argument("--timeout", type=float, default=timeout, help="seconds (default: %(default)s)")
     group.add_argument(
         "--header",
@@ -31,6 +47,12 @@ def add_connection_flags(parser: argparse.ArgumentParser, timeout: float) -> Non
     group.add_argument("--root-cert", type=Path, metavar="FILE", help="TLS, with these certificates, PEM")
     group.add_argument("--client-cert", type=Path, metavar="FILE", help="this client's certificate, PEM")
     group.add_argument("--client-key", type=Path, metavar="FILE", help="and its key, PEM")
+    group.add_argument(
+        "--ssl-server-name",
+        metavar="NAME",
+        help="that the server's certificate names, where it isn't the URL's",
+    )
+    return group
 
 
 def _header(text: str) -> tuple[str, str]:
@@ -50,7 +72,8 @@ def open_channel(options: argparse.Namespace) -> grpc.Channel:
     if not (options.ssl or any(files)):
         return grpc.insecure_channel(options.url)
     read = (path.read_bytes() if path else None for path in files)
-    return grpc.secure_channel(options.url, grpc.ssl_channel_credentials(*read))
+    names = [("grpc.ssl_target_name_override", options.ssl_server_name)] if options.ssl_server_name else []
+    return grpc.secure_channel(options.url, grpc.ssl_channel_credentials(*read), names)
 
 
 def describe(error: grpc.RpcError, options: argparse.Namespace) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from export.__main__ import main as export
 from export.recipes import graph_file
-from loadtest.payload import INFER_PATH
+from loadtest.target import INFER_PATH
 from serve.generate_client.command import main as generate
 from serve.pb import grpc_service_pb2 as pb
 from train.__main__ import main as train

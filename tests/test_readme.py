@@ -126,7 +126,7 @@ def test_every_block_does_what_the_readme_says(served: Copy) -> None:
 
 
 def assert_a_verdict_is_given(served: Copy) -> None:
-    """Which one depends on this machine: whether it kept the targets, and whether it let the load be sent on time."""
+    """Which one depends on this machine: whether it kept the targets and let the load be sent on time."""
     done = subprocess.run(
         served.command("sh", "make loadtest"),
         cwd=served.folder, env=served.environment, capture_output=True, text=True, check=False, timeout=300,
@@ -134,7 +134,8 @@ def assert_a_verdict_is_given(served: Copy) -> None:
     verdict = re.search(r"^verdict: (PASSED|FAILED|INVALID)$", done.stdout, re.MULTILINE)
     assert verdict, done.stdout + done.stderr
     assert (done.returncode == 0) == (verdict[1] == "PASSED")
-    rows = re.findall(r"^(\w[\w, ]*?) +\d+\.\d +\d+\.\d+ +\d+\.\d+ +(\d+) +\w+$", done.stdout, re.MULTILINE)
+    row = r"^(\w[\w, ]*?) +\d+\.\d +\d+\.\d+ +\d+\.\d+ +(\d+) +\w+$"
+    rows = re.findall(row, done.stdout, re.MULTILINE)
     assert {name for name, _ in rows} >= {"mobilenet", "resnet", "lstm", "bert", "gpt", "gpt, token by token"}
     assert {errors for _, errors in rows} == {"0"}, done.stdout
     assert len(list((served.folder / "runs" / "loadtest").glob("*.html"))) == len(rows)

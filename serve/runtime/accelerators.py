@@ -35,6 +35,7 @@ CUDA_PARAMETERS: dict[str, tuple[str, ...]] = {
     "arena_extend_strategy": ("kNextPowerOfTwo", "kSameAsRequested"),
     "do_copy_in_default_stream": (),
 }
+_CUDA_NUMBERS = {"gpu_mem_limit": "a number of bytes", "do_copy_in_default_stream": "0 or 1"}
 
 # TensorRT's options under Triton's names; those that begin with trt_ are onnxruntime's own.
 _TENSORRT_OPTIONS = {
@@ -79,7 +80,12 @@ def device_kind(message: pb.ModelConfig) -> tuple[str, int | None]:
 
 
 def wanted_accelerators(
-    message: pb.ModelConfig, cuda_parameters: Mapping[str, str], model: str, *, strict: bool
+    message: pb.ModelConfig,
+    cuda_parameters: Mapping[str, str],
+    model: str,
+    *,
+    strict: bool,
+    engine_cache: str = "",
 ) -> tuple[tuple[Accelerator, ...], bool]:
     """The accelerators for a model, most wanted first, and whether its config names them.
 
@@ -91,6 +97,7 @@ def wanted_accelerators(
         cuda_parameters: CUDA options that are parameters of the model.
         model: its name, for the log.
         strict: refuse KIND_GPU where no GPU works, instead of going on with the CPU.
+        engine_cache: folder for TensorRT's engines, where the config says nothing of it; empty: none.
 
     Raises:
         ModelLoadError: an accelerator or one of its parameters is unknown, or there is no GPU under `strict`.
@@ -115,7 +122,8 @@ def wanted_accelerators(
     if not named and kind == "KIND_AUTO":
         default = first_working(DEFAULT_ORDER)
         accelerators = [default] if default else []
-    return tuple(_on_device(a, gpu, cuda_parameters) for a in accelerators), named
+    added = {CUDA: cuda_parameters, TENSORRT: _cached_in(engine_cache)}
+    return tuple(_completed(a, gpu, added.get(a.name, {})) for a in accelerators), named
 
 
 def _any_gpu(model: str, *, strict: bool) -> list[Accelerator]:
@@ -160,10 +168,16 @@ def _tensorrt_options(parameters: Mapping[str, str]) -> dict[str, str]:
     return options
 
 
-def _on_device(accelerator: Accelerator, gpu: int | None, cuda_parameters: Mapping[str, str]) -> Accelerator:
-    options = dict(accelerator.options)
-    if accelerator.name == CUDA:
-        options = {**cuda_parameters, **options}
+def _cached_in(folder: str) -> dict[str, str]:
+    """TensorRT builds an engine for minutes, so it is kept, and the timings that led to it, too."""
+    if not folder:
+        return {}
+    engines = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder}
+    return {**engines, "trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
+
+
+def _completed(accelerator: Accelerator, gpu: int | None, added: Mapping[str, str]) -> Accelerator:
+    options = {**added, **accelerator.options}
     if gpu is not None and accelerator.name.removesuffix("ExecutionProvider") in _OF_SEVERAL_GPUS:
         options["device_id"] = str(gpu)
     if gpu is not None and accelerator.name == OPENVINO and options.get("device_type") == "GPU":
@@ -175,10 +189,12 @@ def cuda_option(name: str, value: str) -> str:
     """A CUDA parameter of the model in onnxruntime's words.
 
     Raises:
-        ModelLoadError: it is none of Triton's numbers for them.
+        ModelLoadError: it is no number, or none of Triton's numbers for onnxruntime's words.
     """
     words = CUDA_PARAMETERS[name]
     if not words:
+        if not (value.isascii() and value.isdecimal()):
+            raise ModelLoadError(f"parameter '{name}' is {value!r}, expected {_CUDA_NUMBERS[name]}")
         return value
     if not value.isdecimal() or int(value) >= len(words):
         expected = ", ".join(f"{number} ({word})" for number, word in enumerate(words))

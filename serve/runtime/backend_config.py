@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.errors import ModelLoadError
@@ -53,6 +54,8 @@ PARAMETERS = (*_COUNTS, *_SWITCHES, SHRINKAGE, *CUDA_PARAMETERS, *_ENTRIES)
 
 _SHARED_POOL = "enable-global-threadpool"
 _MAX_BATCH_SIZE = "default-max-batch-size"
+# Of the server and not of a model: a folder on its disk.
+_ENGINE_CACHE = "trt_engine_cache_path"
 _BACKEND = "onnxruntime"
 # Settings of Triton for all backends that mean nothing to this server.
 _WITHOUT_EFFECT = ("backend-directory", "min-compute-capability", "auto-complete-config")
@@ -99,10 +102,10 @@ def parse_backend_config(texts: Iterable[str]) -> BackendConfig:
             )
         elif name == _MAX_BATCH_SIZE:
             max_batch_size = _whole_number(text, value)
-        elif backend and (name == _SHARED_POOL or takes_parameter(name)):
+        elif backend and (name in (_SHARED_POOL, _ENGINE_CACHE) or takes_parameter(name)):
             defaults[name] = value
         else:
-            known = ", ".join((_MAX_BATCH_SIZE, _SHARED_POOL, *PARAMETERS))
+            known = ", ".join((_MAX_BATCH_SIZE, _SHARED_POOL, _ENGINE_CACHE, *PARAMETERS))
             raise SettingsError(f"--backend-config={text}: '{name}' is unknown, expected one of {known}")
     try:
         _read_settings(defaults)
@@ -152,7 +155,9 @@ def session_settings(
     shared_pool = values.switch(_SHARED_POOL, default=False)
     parallel = values.switch("execution_mode", default=False)
     cuda = {name: cuda_option(name, text) for name, text in values.texts.items() if name in CUDA_PARAMETERS}
-    accelerators, named = wanted_accelerators(message, cuda, model, strict=policy == "strict")
+    accelerators, named = wanted_accelerators(
+        message, cuda, model, strict=policy == "strict", engine_cache=values.texts.get(_ENGINE_CACHE, "")
+    )
     return SessionSettings(
         accelerators=accelerators,
         strict=named and policy == "strict",
@@ -233,6 +238,8 @@ def _expected(name: str, text: str) -> str:
         return "0 or 1"
     if name == SHRINKAGE and text and not _ARENAS.fullmatch(text):
         return "cpu:DEVICE, gpu:DEVICE or several of them, divided by semicolons"
+    if name == _ENGINE_CACHE and not Path(text).is_dir():
+        return "a folder that is there, which the server can write"
     if name in CUDA_PARAMETERS:
         cuda_option(name, text)
     return ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
+import contextlib
 import functools
 import importlib
+import io
+import logging
 import platform
 import re
 import sys
@@ -16,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime as ort
 
 from serve.errors import ModelLoadError
-from serve.runtime.cores import usable_cores
 from serve.runtime.thread_pool import set_threads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+logger = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -144,6 +147,8 @@ def create_session(
         accelerators: most wanted first.
         threads: for accelerators that compute on the CPU with threads of their own.
     """
+    if any(accelerator.name in (CUDA, TENSORRT) for accelerator in accelerators):
+        _load_cuda()
     plugins = _plugins() if accelerators else {}
     plugged = {name: devices for name, devices in plugins.items() if not isinstance(devices, str)}
     if not any(accelerator.name in plugged for accelerator in accelerators):
@@ -161,6 +166,19 @@ def create_session(
     return ort.InferenceSession(graph, options, enable_fallback=0)
 
 
+@functools.cache
+def _load_cuda() -> None:
+    """Load CUDA's libraries where pip installed them (onnxruntime-gpu[cuda,cudnn]), off the loader's path."""
+    if not hasattr(ort, "preload_dlls"):
+        return
+    said = io.StringIO()
+    # It prints what it doesn't find, also where the system's own libraries will do.
+    with contextlib.redirect_stdout(said), contextlib.suppress(RuntimeError, OSError):
+        ort.preload_dlls()
+    for line in said.getvalue().splitlines():
+        logger.debug("%s", line)
+
+
 def _forbids_cpu(options: Any) -> bool:
     try:
         return bool(options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1")
@@ -169,12 +187,16 @@ def _forbids_cpu(options: Any) -> bool:
 
 
 def _completed(accelerator: Accelerator, threads: int) -> dict[str, str]:
-    """The options, and those without which a provider would take all cores or not start."""
+    """The options, and those without which a provider would take all cores, be slow or not start."""
     defaults: dict[str, str] = {}
     if accelerator.name == OPENVINO and threads:
         defaults = {"num_of_threads": str(threads)}
     elif accelerator.name == XNNPACK and threads:
         defaults = {"intra_op_num_threads": str(threads)}
+    elif accelerator.name == CUDA:
+        # onnxruntime's own EXHAUSTIVE tries every algorithm of each convolution when a shape comes for the
+        # first time, and a server's batches have many.
+        defaults = {"cudnn_conv_algo_search": "HEURISTIC"}
     elif accelerator.name == QNN and "backend_path" not in accelerator.options:
         defaults = {"backend_type": "htp"}
     return {**defaults, **accelerator.options}
@@ -235,23 +257,3 @@ def first_line(error: Exception) -> str:
 def first_working(names: Sequence[str]) -> Accelerator | None:
     """The first of these providers that works here, None where none does."""
     return next((Accelerator(name) for name in names if not problem(name)), None)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """`onnxedge providers`: print this device's cores and providers; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="onnxedge providers", description="What this device can run graphs on."
-    )
-    parser.parse_args(arguments)
-    print(f"onnxruntime {ort.__version__}, {platform.machine()}, {usable_cores()} usable cores")
-    states = find_providers()
-    for state in states:
-        usable = f"not usable: {state.problem}" if state.problem else "usable"
-        print(f"  {short_name(state.name):<15} {state.name:<28} {usable}")
-    absent = {*ort.get_all_providers()} - {state.name for state in states}
-    print(f"Not in this onnxruntime: {', '.join(sorted(short_name(name) for name in absent))}")
-    print(f"Default order: {', '.join(short_name(name) for name in (*DEFAULT_ORDER, CPU))}")
-    default = first_working(DEFAULT_ORDER)
-    chosen = (default.name, CPU) if default else (CPU,)
-    print(f"A model without a wish runs on: {', '.join(chosen)}")
-    return 0

@@ -12,7 +12,8 @@ from typing import Any
 import grpc
 
 from export.targets import this_target
-from loadtest.payload import INFER_PATH, fetch_metadata, request_bytes
+from loadtest.payload import request_bytes
+from loadtest.target import INFER_PATH, Questions, Target
 from tests.benchmarks.int8_speedup import graphs, image_case
 from tests.conftest import start_server
 from tests.graphs import scaled, write_model
@@ -31,8 +32,8 @@ def resident_mib(pid: int) -> float:
 
 def send(url: str, model: str) -> None:
     """Some requests, so that what is allocated on first use is counted."""
-    with grpc.insecure_channel(url) as channel:
-        request = request_bytes(fetch_metadata(channel, model))
+    with grpc.insecure_channel(url) as channel, Questions(Target(url)) as questions:
+        request = request_bytes(questions.metadata(model))
         call: Any = channel.unary_unary(INFER_PATH)
         for _ in range(REQUESTS):
             call(request)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 
-from loadtest.payload import INFER_PATH
+from loadtest.target import INFER_PATH
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import (
     GRPCInferenceServiceServicer,

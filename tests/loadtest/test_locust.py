@@ -20,9 +20,7 @@ from loadtest.schedule import arrivals, steady
 from tests.graphs import scaled, write_model
 from tests.loadtest.conftest import ROOT, loadtest
 from tests.loadtest.locust_runs import (
-    LIKE_A_POISSON_PROCESS,
-    TRIES,
-    gap_quartiles,
+    hold_to,
     locust,
     recording,
     rows,
@@ -38,8 +36,8 @@ if TYPE_CHECKING:
     from tests.conftest import RunningServer
 
 RATE = 200
-THROUGHPUT, P50, P50_MS, ROUNDS = 0.02, 0.3, 0.5, 6
-"""How far locust's figures may be from the engine's, and in how many tries."""
+THROUGHPUT, P50, P50_MS = 0.02, 0.3, 0.5
+"""How far locust's figures may be from the engine's: relative, or in milliseconds."""
 
 
 def scheduled(seed: int, seconds: float) -> list[float]:
@@ -90,9 +88,10 @@ print(*(text(t) for t in (0, 0.33333, 3.3333, 33.333, 333.33, 333333.0)))
 
 
 def test_the_open_loop_keeps_to_its_schedule(tmp_path: Path) -> None:
+    """Of another schedule of this rate, 7 of 10 would be 20 ms off."""
     wanted = np.array(scheduled(7, 3))
-    tried = []
-    for _ in range(TRIES):
+
+    def attempt() -> object:
         with recording() as (recorder, url):
             done = locust(
                 "--host", url, "--model", "stub", "--rate", str(RATE), "--seed", "7", "-t", "2s",
@@ -101,13 +100,11 @@ def test_the_open_loop_keeps_to_its_schedule(tmp_path: Path) -> None:
             assert done.returncode == 0, done.stdout
             seen = recorder.arrivals()
         assert rows(tmp_path / "run")["stub"]["Request Count"] == sum(sent_late(done.stdout)) == len(seen)
-        assert len(seen) == pytest.approx(2 * RATE, rel=0.15)
         late = seen - (wanted[: len(seen)] - wanted[0])
-        off = float(np.quantile(np.abs(late - np.median(late)), 0.8))
-        tried.append((off, gap_quartiles(seen, RATE)))
-        if off < 5e-3 and tried[-1][1] == LIKE_A_POISSON_PROCESS:
-            return
-    raise AssertionError(tried)
+        off = float(np.quantile(np.abs(late - np.median(late)), 0.7))
+        return off > 7e-3 and off
+
+    hold_to(attempt)
 
 
 def test_a_freeze_counts_for_all_who_would_have_come_in_an_open_loop_alone(
@@ -154,7 +151,8 @@ def test_the_open_loop_agrees_with_the_engine(target: RunningServer, tmp_path: P
     engine_seed = seed_of_the_rate(lambda seed: arrivals(steady(RATE, seconds), "poisson", seed), seconds)
     rates: list[tuple[float, float]] = []
     p50s: list[tuple[float, float]] = []
-    for _ in range(ROUNDS):
+
+    def attempt() -> object:
         done = locust(
             "--host", target.url, "--model", "tiny", "--rate", str(RATE), "--seed", str(seed),
             "-t", f"{seconds}s", "--csv", tmp_path / "run", "--stop-timeout", "10",
@@ -165,17 +163,16 @@ def test_the_open_loop_agrees_with_the_engine(target: RunningServer, tmp_path: P
             "--warmup=0.2", "--metrics-url=", f"--url={target.url}", f"--json={tmp_path / 'run.json'}",
         )  # fmt: skip
         assert theirs.returncode == 0, theirs.stderr
-        row, total = (
-            rows(tmp_path / "run")["Aggregated"],
-            json.loads((tmp_path / "run.json").read_text())["total"],
-        )
+        row = rows(tmp_path / "run")["Aggregated"]
+        total = json.loads((tmp_path / "run.json").read_text())["total"]
         rates.append((row["Requests/s"], total["throughput"]))
         p50s.append((row["50%"], total["latency"]["percentiles"]["50"]))
         ours, engines = (min(column) for column in zip(*p50s, strict=True))
-        near = [abs(a / b - 1) <= THROUGHPUT for a, b in rates]
-        if any(near) and abs(ours - engines) <= max(P50_MS, P50 * engines):
-            return
-    raise AssertionError(f"requests/s {rates}, p50 {p50s}")
+        rates_agree = any(abs(a / b - 1) <= THROUGHPUT for a, b in rates)
+        p50s_agree = abs(ours - engines) <= max(P50_MS, P50 * engines)
+        return not (rates_agree and p50s_agree) and (rates[-1], p50s[-1])
+
+    hold_to(attempt)
 
 
 def test_a_mix_is_called_by_weight_each_model_in_a_row_of_its_own(
@@ -231,15 +228,18 @@ def test_what_is_under_way_at_the_end_is_given_up_and_said(
 
 
 def test_an_open_loop_in_stages_ends_with_them() -> None:
-    with recording() as (recorder, url):
-        done = locust(
-            "--host", url, "--model", "stub", "--rate-stages", "50:1s,250:1s", "--stop-timeout", "10"
-        )
-        assert done.returncode == 0, done.stdout
-        seen = recorder.arrivals()
-    slow, fast = np.histogram(seen, [0, 1, 10])[0]
-    assert slow == pytest.approx(50, abs=30)
-    assert fast == pytest.approx(250, abs=70)
+    stages = ("--rate-stages", "50:1s,250:1s", "--stop-timeout", "10")
+
+    def attempt() -> object:
+        with recording() as (recorder, url):
+            done = locust("--host", url, "--model", "stub", *stages)
+            assert done.returncode == 0, done.stdout
+            seen = recorder.arrivals()
+        assert sum(sent_late(done.stdout)) == len(seen)
+        slow, fast = np.histogram(seen, [0, 1, 10])[0]
+        return (slow != pytest.approx(50, abs=25) or fast != pytest.approx(250, abs=60)) and (slow, fast)
+
+    hold_to(attempt)
 
 
 def test_errors_are_one_row_for_each_reason(start_stub: Callable[..., str], tmp_path: Path) -> None:

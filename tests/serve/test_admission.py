@@ -58,15 +58,41 @@ def test_closing_waits_for_those_inside() -> None:
     leaving.join()
 
 
+GIB = 1 << 30
+
+
 @pytest.mark.parametrize(
-    ("limit", "expected"), [("1073741824\n", 1 << 30), ("max\n", 4096 << 10), (None, 4096 << 10)]
+    ("lines", "files", "expected"),
+    [
+        ("0::/\n", {"memory.max": f"{GIB}\n"}, GIB),
+        ("0::/\n", {"memory.max": "max\n"}, 8 * GIB),
+        ("0::/\n", {"memory.max": f"{16 * GIB}\n"}, 8 * GIB),
+        ("0::/\n", {}, 8 * GIB),
+        ("", {}, 8 * GIB),
+        # A service of systemd, and one whose slice has the limit.
+        ("0::/system.slice/a.service\n", {"system.slice/a.service/memory.max": f"{GIB}\n"}, GIB),
+        ("0::/s/a\n", {"s/memory.max": f"{GIB}\n", "s/a/memory.max": f"{2 * GIB}\n"}, GIB),
+        ("0::/seen/from/outside\n", {"memory.max": f"{GIB}\n"}, GIB),
+        ("4:memory:/box\n", {"memory/box/memory.limit_in_bytes": f"{GIB}\n"}, GIB),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712\n"}, 8 * GIB),
+        ("4:cpu:/\n", {"memory/memory.limit_in_bytes": f"{GIB}\n"}, 8 * GIB),
+    ],
 )
-def test_the_memory_is_the_cgroups_or_the_machines(tmp_path: Path, limit: str | None, expected: int) -> None:
-    cgroup, meminfo = tmp_path / "memory.max", tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:       4096 kB\n" if expected < 1 << 30 else "MemTotal:  8388608 kB\n")
-    if limit is not None:
-        cgroup.write_text(limit)
-    assert memory_limit(cgroup, meminfo) == expected
+def test_the_memory_is_the_cgroups_or_the_machines(
+    tmp_path: Path, lines: str, files: dict[str, str], expected: int
+) -> None:
+    for name, text in files.items():
+        path = tmp_path / "sys" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "own").write_text(lines)
+    (tmp_path / "meminfo").write_text("MemFree:  1 kB\nMemTotal:  8388608 kB\n")
+    assert memory_limit(tmp_path / "sys", tmp_path / "own", tmp_path / "meminfo") == expected
+
+
+def test_memory_that_nothing_tells_of_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert memory_limit(tmp_path, tmp_path / "none", tmp_path / "none") == 0
     assert default_byte_limit() >= 64 << 20
 
 

@@ -19,6 +19,7 @@ from serve.settings import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +160,9 @@ def test_more_threads_than_cores_are_cut_with_a_warning(caplog: pytest.LogCaptur
         ("memory.enable_memory_arena_shrinkage", "cpu:0,gpu:0"),
         ("cudnn_conv_algo_search", "3"),
         ("arena_extend_strategy", "kNextPowerOfTwo"),
+        ("gpu_mem_limit", "2G"),
+        ("gpu_mem_limit", "-1"),
+        ("do_copy_in_default_stream", "yes"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_name(name: str, value: str) -> None:
@@ -254,6 +258,42 @@ def test_cuda_options_come_from_both_places_and_go_to_its_gpu() -> None:
         "device_id": "1",
     }
     assert wanted(text) == [("CUDA", options)]
+
+
+def test_tensorrt_takes_tritons_parameters() -> None:
+    """Those of Triton's onnxruntime backend, as its documentation spells them."""
+    text = accelerators(
+        gpu(
+            "tensorrt", precision_mode="FP16", max_workspace_size_bytes="1073741824",
+            trt_engine_cache_enable="true", trt_engine_cache_path="engines",
+        )
+    )  # fmt: skip
+    assert wanted(text) == [
+        ("Tensorrt", {
+            "trt_fp16_enable": "1", "trt_max_workspace_size": "1073741824",
+            "trt_engine_cache_enable": "true", "trt_engine_cache_path": "engines",
+        })
+    ]  # fmt: skip
+
+
+def test_the_servers_engine_cache_is_for_models_that_say_nothing_of_it(tmp_path: Path) -> None:
+    defaults = parse_backend_config([f"onnxruntime,trt_engine_cache_path={tmp_path}"]).defaults
+    cache = {
+        "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(tmp_path),
+        "trt_timing_cache_enable": "1", "trt_timing_cache_path": str(tmp_path),
+    }  # fmt: skip
+    assert wanted(accelerators(gpu("tensorrt", precision_mode="INT8")), defaults=defaults) == [
+        ("Tensorrt", {**cache, "trt_int8_enable": "1"})
+    ]
+    own = {"trt_engine_cache_enable": "0", "trt_engine_cache_path": "elsewhere"}
+    assert wanted(accelerators(gpu("tensorrt", **own)), defaults=defaults) == [("Tensorrt", {**cache, **own})]
+    assert wanted(accelerators(gpu("cuda")), defaults=defaults) == [("CUDA", {})]
+    assert not takes_parameter("trt_engine_cache_path")
+
+
+def test_an_engine_cache_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"trt_engine_cache_path.*expected a folder that is there"):
+        parse_backend_config([f"onnxruntime,trt_engine_cache_path={tmp_path / 'none'}"])
 
 
 def test_gpu_accelerators_come_first_and_cpu_ones_behind() -> None:

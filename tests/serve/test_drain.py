@@ -196,6 +196,26 @@ def test_a_connection_is_closed_when_its_last_bytes_have_arrived(
     assert b"".join(received) == content[:sent]
 
 
+def test_a_client_that_still_writes_is_not_reset_before_it_has_read(
+    pair: tuple[int, socket.socket, socket.socket],
+) -> None:
+    """A proxy that says how much of an answer it has read would otherwise meet a reset, and drop the rest."""
+    port, server, client = pair
+    server.sendall(b"the answer")
+    ending = threading.Thread(target=hang_up, args=(port, 30))
+    ending.start()
+    close_wait = 8
+    _until(lambda: client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == close_wait)
+    for _ in range(3):
+        client.sendall(b"late")
+        time.sleep(0.02)
+    assert client.recv(100) == b"the answer"
+    assert client.recv(100) == b""
+    client.close()
+    ending.join(20)
+    assert not ending.is_alive()
+
+
 def test_a_client_that_reads_nothing_is_not_waited_for_longer(
     pair: tuple[int, socket.socket, socket.socket],
 ) -> None:

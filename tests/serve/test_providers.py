@@ -14,13 +14,14 @@ import pytest
 
 from serve.errors import ModelLoadError
 from serve.runtime import fallback, providers
+from serve.runtime.command import main
 from serve.runtime.cores import usable_cores
 from serve.runtime.providers import (
     CPU,
     CUDA,
     TENSORRT,
     Accelerator,
-    main,
+    create_session,
     missing,
     problem,
     provider_name,
@@ -128,6 +129,24 @@ def test_one_provider_after_the_other_is_given_up(graph: Path, caplog: pytest.Lo
         Session(graph, SessionSettings(pair, strict=True))
 
 
+def test_cuda_finds_libraries_that_pip_installed_and_searches_by_heuristics(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What onnxruntime is handed; its complaints of libraries that pip didn't install are not shown."""
+    handed: list[object] = []
+    monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcublas.so"), raising=False)
+    monkeypatch.setattr(ort, "InferenceSession", lambda *_, **more: handed.append(more["providers"]))
+    providers._load_cuda.cache_clear()
+    for options in ({}, {"cudnn_conv_algo_search": "DEFAULT", "gpu_mem_limit": "1000"}):
+        create_session(b"", ort.SessionOptions(), (Accelerator(TENSORRT), Accelerator(CUDA, options)), 1)
+    assert handed == [
+        [(TENSORRT, {}), (CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}), CPU],
+        [(TENSORRT, {}), (CUDA, {"cudnn_conv_algo_search": "DEFAULT", "gpu_mem_limit": "1000"}), CPU],
+    ]
+    assert capsys.readouterr().out == ""
+    providers._load_cuda.cache_clear()
+
+
 def test_a_broken_graph_is_not_blamed_on_its_provider(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,7 +173,7 @@ def test_a_plugin_package_is_found_and_its_fault_is_told(tmp_path: Path) -> None
         "def get_library_path():\n    return '/nowhere/libfake.so'\n"
     )
     code = (
-        "from serve.runtime.providers import main, missing; main([]);"
+        "from serve.runtime.command import main; from serve.runtime.providers import missing; main([]);"
         "print(missing('FakeExecutionProvider') != '', missing('onnxruntime_ep_broken'))"
     )
     (tmp_path / "onnxruntime_ep_broken.py").write_text("raise RuntimeError('half installed')")

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from loadtest.payload import INFER_PATH
+from loadtest.target import INFER_PATH
 from serve.pb import grpc_service_pb2 as pb
 from serve.process import keep_large_blocks
 

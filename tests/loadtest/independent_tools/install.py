@@ -67,6 +67,7 @@ def unpack_debian_package(folder: Path, package: str) -> None:
         _command(["apt-get", "--quiet", "download", package], folder)
     except UnavailableError:
         # Images come without the lists of packages; ours are in a folder of our own, as is all the rest.
+        (folder / "lists" / "partial").mkdir(parents=True)
         private = ["-o", f"Dir::State::lists={folder / 'lists'}", "-o", f"Dir::Cache={folder / 'cache'}"]
         _command(["apt-get", "--quiet", *private, "update"], folder)
         _command(["apt-get", "--quiet", *private, "download", package], folder)
