@@ -29,11 +29,11 @@ SUITE ?= loadtest/targets.toml
 URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve models entries test lint loadtest bench proto clean
+.PHONY: help serve models entries test test-deploy lint loadtest bench proto clean
 .SECONDARY:
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 # The stamp is older than the files that say what to install whenever these change.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -88,6 +88,13 @@ lint: $(VENV)/installed ## ruff and mypy
 test: lint ## everything CI runs
 	@echo "== tests"
 	@$(BIN)/python -m pytest
+
+test-deploy: models ## image, ARM emulation, systemd, proxies: as root on Debian, a quarter of an hour
+	@deploy/docker/build_without_registry.sh
+	@deploy/arm64/try_under_emulation.sh
+	@deploy/systemd/try_on_debian.sh
+	@$(BIN)/python -m tests.deploy.proxies runs/proxies
+	@$(BIN)/python -m tests.deploy.rolling_restarts
 
 loadtest: models ## a minute of load on what `make serve` serves, and a verdict on loadtest/targets.toml
 	@$(BIN)/python -m loadtest suite $(SUITE) --out runs/loadtest $(if $(URL),--url $(URL),--serve models)

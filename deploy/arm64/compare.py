@@ -122,12 +122,12 @@ class Row:
         here = "equal" if self.from_here == 0 else f"{self.from_here:.1e}"
         verdict = "ok" if self.passed else "FAILED"
         return (
-            f"{self.model:<14} {self.graph:<21} {self.output:<15} {here:>9} {self.from_torch:>9.1e} "
+            f"{self.model:<15} {self.graph:<22} {self.output:<15} {here:>9} {self.from_torch:>9.1e} "
             f"{self.allowed:>9.1e}  {verdict}"
         )
 
 
-HEAD = f"{'model':<14} {'graph':<21} {'output':<15} {'from x86':>9} {'PyTorch':>9} {'allowed':>9}"
+HEAD = f"{'model':<15} {'graph':<22} {'output':<15} {'from x86':>9} {'PyTorch':>9} {'allowed':>9}"
 
 
 def compare(here: Server, there: Server, entry: Path) -> Iterator[Row]:

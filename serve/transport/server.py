@@ -20,7 +20,7 @@ from serve.rpc.servicer import SERVICE
 from serve.transport.channel_options import channel_options
 from serve.transport.connections import hang_up
 from serve.transport.handlers import method_handlers
-from serve.transport.health import publish
+from serve.transport.health import Health, publish
 from serve.transport.reflection import MOST_REFLECTIONS, add_reflection
 from serve.transport.security import Security
 
@@ -55,7 +55,7 @@ class Server:
         self._security = Security(settings)
         self._repository = Repository(settings)
         self._core = InferenceCore(settings, self._repository, log)
-        self._health = health.HealthServicer()
+        self._health = Health()
         self._metrics: MetricsServer | None = None
         self._grpc: grpc.Server
         self.grpc_port = 0

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 THROUGHPUT, P50, P50_MS, P99 = 0.02, 0.1, 0.3, 0.2
 
 MODEL = "mixed"
-# One request in 16 takes longer: so the p99 of constant arrivals is the server's doing, in the midst of the
+# One request in 8 takes longer: so the p99 of constant arrivals is the server's doing, in the midst of the
 # long ones, and not that of the few requests that the machine held up. A long one is over before the next.
-LIGHT_MS, HEAVY, ONE_IN = 4.0, 2.5, 16
-UTILIZATION = 0.3
+LIGHT_MS, HEAVY, ONE_IN = 5.0, 2, 8
+UTILIZATION = 0.4
 SECONDS = 3.0
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 9
 # Of the system's scheduler: a client that waits for a server on its core would be late.
