@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ yaml: Any = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deploy" / "compose" / "compose.yaml"
 DOCKER = shutil.which("docker") or "docker"
+PROJECT = {"COMPOSE_PROJECT_NAME": f"onnxedge-test-{os.getpid()}"}
 
 
 def read(path: Path) -> Any:
@@ -66,7 +68,11 @@ def test_the_servers_variables_are_flags_of_it() -> None:
 def test_there_is_no_secret_and_only_the_server_is_reached_from_outside() -> None:
     assert not re.search(r"(?i)password\w*:|secret\w*:|token\w*:|api_?key", FILE.read_text())
     published = {name: service.get("ports", []) for name, service in SERVICES.items()}
-    assert published == {"server": ["8001:8001"], "prometheus": [], "grafana": ["127.0.0.1:3000:3000"]}
+    assert published == {
+        "server": ["${GRPC_PORT:-8001}:8001"],
+        "prometheus": [],
+        "grafana": ["127.0.0.1:3000:3000"],
+    }
 
 
 def test_prometheus_asks_the_server_and_grafana_asks_prometheus() -> None:
@@ -106,7 +112,9 @@ def test_compose_understands_it() -> None:
 @pytest.fixture(scope="module")
 def running() -> Iterator[None]:
     """The server and Prometheus; Grafana's image is to be had from a registry only."""
-    variables = {"MODELS": str(ROOT / "models"), "COMPOSE_PROJECT_NAME": f"onnxedge-test-{os.getpid()}"}
+    with socket.create_server(("", 0)) as listener:
+        free = str(listener.getsockname()[1])
+    variables = {"MODELS": str(ROOT / "models"), "GRPC_PORT": free, **PROJECT}
     try:
         compose(
             "up",
@@ -136,11 +144,10 @@ def test_prometheus_reads_the_servers_metrics() -> None:
         "import sys, urllib.request as u; "
         "print(u.urlopen('http://prometheus:9090/api/v1/query?query=nv_inference_count').read().decode())"
     )
-    name = {"COMPOSE_PROJECT_NAME": f"onnxedge-test-{os.getpid()}"}
     deadline = time.monotonic() + 60
     models: set[str] = set()
     while "mobilenet" not in models and time.monotonic() < deadline:
-        answer = json.loads(compose("exec", "-T", "server", "python", "-c", script, **name))
+        answer = json.loads(compose("exec", "-T", "server", "python", "-c", script, **PROJECT))
         models = {series["metric"]["model"] for series in answer["data"]["result"]}
         time.sleep(0.5)
     assert "mobilenet" in models

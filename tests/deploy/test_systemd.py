@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,7 +20,7 @@ FOLDER = ROOT / "deploy" / "systemd"
 UNIT = FOLDER / "onnxedge.service"
 PAGE = ROOT / "docs" / "deploy" / "raspberry-pi.md"
 ANALYZE = shutil.which("systemd-analyze")
-SHELLCHECK = shutil.which("shellcheck")
+SHELLCHECK = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
 MOST_EXPOSED = 1.5  # of 10
 
 needs_systemd = pytest.mark.skipif(ANALYZE is None, reason="systemd-analyze is not installed")

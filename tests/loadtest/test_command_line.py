@@ -61,7 +61,8 @@ def test_the_open_loop_reports_what_the_server_counted(target: RunningServer, tm
     counted = result.server.metrics['nv_inference_request_success{model="tiny",version="1"}']
     assert counted[1] - counted[0] == result.total.answered
     assert result.seed == 5
-    rows = list(csv.DictReader((tmp_path / "run.csv").open()))
+    with (tmp_path / "run.csv").open() as file:
+        rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows] == ["(all)", "tiny"]
     assert int(rows[0]["answered"]) == result.total.answered
     assert "</html>" in (tmp_path / "run.html").read_text()
