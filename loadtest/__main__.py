@@ -27,6 +27,12 @@ def main(arguments: list[str]) -> int:
     command = "run"
     if arguments and arguments[0] in _COMMANDS:
         command, arguments = arguments[0], arguments[1:]
+    elif arguments and not arguments[0].startswith("-"):
+        print(
+            f"loadtest: unknown command '{arguments[0]}', expected one of {', '.join(_COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
     # One at a time: no command should wait for another's imports.
     module = import_module(f"loadtest.commands.{command}")
     status: int = module.main(arguments)

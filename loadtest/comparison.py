@@ -89,7 +89,7 @@ class _Blocks:
 
     def percentile(self, weights: NDArray[np.float64], percent: float) -> NDArray[np.float64]:
         cumulative = np.cumsum(weights @ self.table, axis=1)
-        wanted = np.maximum(np.ceil(cumulative[:, -1:] * percent / 100), 1)
+        wanted = np.maximum(np.floor(cumulative[:, -1:] * percent / 100 + 0.5), 1)  # as Histogram counts
         return np.asarray(self.values[np.minimum((cumulative < wanted).sum(axis=1), len(self.values) - 1)])
 
     def mean(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:

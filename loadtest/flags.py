@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 from loadtest.conditions import ConditionError, parse_condition
 from loadtest.payload import ModelSpec
 from loadtest.scenario import OFFLINE_USERS
+from loadtest.schedule import SECOND, read_trace
 from loadtest.settings import Arrivals, LoadSettings, Scenario, SettingsError
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
         "--scenario", choices=get_args(Scenario),
         help="of MLPerf: single-stream, multi-stream, server, offline; of operation: soak, overload, reload",
     )  # fmt: skip
-    group.add_argument("--duration", "-d", type=float, default=None, help="seconds (default: 10; soak: 600)")
+    group.add_argument(
+        "--duration", "-d", type=float, default=None, help="seconds (default: 10; soak: 600; a trace: all)"
+    )
     group.add_argument("--queries", type=int, default=0, help="end a closed loop after so many")
     group.add_argument("--samples-per-query", type=int, default=8, help="of multi-stream (default: 8)")
     group.add_argument(
@@ -138,7 +141,7 @@ def settings_of(options: argparse.Namespace) -> LoadSettings:
     users = options.users or (OFFLINE_USERS if scenario == "offline" else 1)
     if options.users is not None and options.users <= 0:
         raise SettingsError(f"--users is {options.users}, expected more than 0")
-    duration = options.duration if options.duration is not None else 600.0 if scenario == "soak" else 10.0
+    duration = options.duration if options.duration is not None else _usual_duration(scenario, options.trace)
     timeout = options.timeout if options.timeout is not None else 1.0 if scenario == "overload" else 10.0
     same = (
         "arrivals", "burst_on", "burst_off", "trace", "warmup", "seed", "samples_per_query", "queries",
@@ -148,6 +151,14 @@ def settings_of(options: argparse.Namespace) -> LoadSettings:
         scenario=scenario, rates=rates, ramp=ramp, users=users, duration=duration, timeout=timeout,
         fail_on=conditions_of(options.fail_on), **{name: getattr(options, name) for name in same},
     )  # fmt: skip
+
+
+def _usual_duration(scenario: str, trace: Path | None) -> float:
+    """Ten seconds, ten minutes of a soak, and all of a trace."""
+    if trace:
+        offsets, _ = read_trace(trace)
+        return max(float(offsets[-1]) / SECOND, 1e-3)
+    return 600.0 if scenario == "soak" else 10.0
 
 
 def _scenario(options: argparse.Namespace) -> Scenario:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _LEAD_SECONDS = 0.2
 _LEAD_SECONDS_PER_REQUEST = 1e-6
 _LOOK_SECONDS = 0.1
+_SHORT_SECONDS = 1.0  # of a shorter run, what its end costs counts, too
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,20 @@ class LoadGenerator:
         self._figures = [context.RawArray("q", 3) for _ in range(processes)]
         self._pipes: list[Any] = []
         self._workers: list[Any] = []
-        for figures in self._figures:
-            ours, theirs = context.Pipe()
-            worker = context.Process(target=work, args=(theirs, figures, self._stop, realtime), daemon=True)
-            worker.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._workers.append(worker)
+        # Ctrl-C is for this process alone, from the first moment of the others on, which inherit this.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for figures in self._figures:
+                ours, theirs = context.Pipe()
+                worker = context.Process(
+                    target=work, args=(theirs, figures, self._stop, realtime), daemon=True
+                )
+                worker.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._workers.append(worker)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def __enter__(self) -> Self:
         return self
@@ -140,12 +149,12 @@ class LoadGenerator:
         interrupted = bool(self._stop[0])
         ran = [answer for answer in answers if isinstance(answer, Ran)]
         # Not beyond the end: the CPU of a worker that only waits for late answers would look idle.
-        took = [min(share.seconds, max(seconds, 1e-3)) for share in ran]
+        took = [min(share.seconds, max(seconds, _SHORT_SECONDS)) for share in ran]
         return Recording(
             merge([share.samples for share in ran]),
             max(took) if interrupted else seconds,
             started,
-            tuple(share.cpu / time_taken for share, time_taken in zip(ran, took, strict=True)),
+            tuple(share.cpu / max(time_taken, 1e-3) for share, time_taken in zip(ran, took, strict=True)),
             interrupted,
         )
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loadtest.target import TargetError
 from serve.pb import grpc_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -42,6 +41,10 @@ _PROMPTS = (
     "My good friend", "No one came", "Over the hills", "Please tell me",
 )  # fmt: skip
 _GENERATED = ("text_output", "output_ids")
+
+
+class RequestError(Exception):
+    """A model can't be asked what was asked for; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class ModelLoad:
         requests: serialized ModelInferRequests.
         streams: whether the answer is a stream (ModelStreamInfer).
         inputs: the names of all that it takes.
+        ones: those of which a dimension beside the batch is open in the model and not said, and is 1.
     """
 
     spec: ModelSpec
@@ -88,17 +92,20 @@ class ModelLoad:
     requests: tuple[bytes, ...]
     streams: bool = False
     inputs: tuple[str, ...] = ()
+    ones: tuple[str, ...] = ()
 
 
 def load_of(questions: Questions, spec: ModelSpec, seed: int = 0) -> ModelLoad:
     """The requests for a model of a server.
 
     Raises:
-        TargetError: the server isn't there, doesn't have the model, or it can't be asked so.
+        TargetError: the server isn't there, or doesn't have the model.
+        RequestError: it can't be asked so.
     """
     metadata = questions.metadata(spec.name, spec.version)
     config = questions.config(spec.name, spec.version)
     version = spec.version or max(metadata.versions, key=lambda text: (len(text), text), default="")
+    _check_batch(metadata, spec, config.max_batch_size)
     optional = {tensor.name for tensor in config.input if tensor.optional}
     streams = bool(config.model_transaction_policy.decoupled)
     requests: list[bytes] = []
@@ -112,9 +119,26 @@ def load_of(questions: Questions, spec: ModelSpec, seed: int = 0) -> ModelLoad:
         requests.append(request.SerializeToString())
         if sum(map(len, requests)) > _VARIANT_BYTES:
             break
-    return ModelLoad(
-        spec, version, tuple(requests), streams, tuple(tensor.name for tensor in metadata.inputs)
-    )
+    names = tuple(tensor.name for tensor in metadata.inputs)
+    return ModelLoad(spec, version, tuple(requests), streams, names, _ones(metadata, spec))
+
+
+def _ones(metadata: pb.ModelMetadataResponse, spec: ModelSpec) -> tuple[str, ...]:
+    if spec.data or _generates(metadata):
+        return ()
+    left = (tensor for tensor in metadata.inputs if tensor.name not in spec.shapes)
+    return tuple(tensor.name for tensor in left if any(dim < 0 for dim in tensor.shape[1:]))
+
+
+def _check_batch(metadata: pb.ModelMetadataResponse, spec: ModelSpec, most: int) -> None:
+    if spec.batch_size == 1:
+        return
+    if not any(tensor.shape and tensor.shape[0] < 0 for tensor in metadata.inputs):
+        raise RequestError(f"model '{spec.name}' takes no batches, --batch-size is {spec.batch_size}")
+    if 0 < most < spec.batch_size:
+        raise RequestError(
+            f"model '{spec.name}' takes {most} rows at most, --batch-size is {spec.batch_size}"
+        )
 
 
 def request_bytes(metadata: pb.ModelMetadataResponse, batch: int = 1, seed: int = 0) -> bytes:
@@ -126,7 +150,7 @@ def request_bytes(metadata: pb.ModelMetadataResponse, batch: int = 1, seed: int 
         seed: of the random numbers.
 
     Raises:
-        TargetError: an input's datatype is none that this can make.
+        RequestError: an input's datatype is none that this can make.
     """
     spec = ModelSpec(metadata.name, batch_size=batch)
     return _request(metadata, set(), spec, seed, 0).SerializeToString()
@@ -145,7 +169,7 @@ def _request(
     random = np.random.default_rng((seed, variant))
     arrays = _rows_of_file(spec.data, variant * spec.batch_size, spec.batch_size) if spec.data else {}
     if unknown := arrays.keys() - {tensor.name for tensor in metadata.inputs}:
-        raise TargetError(
+        raise RequestError(
             f"model '{spec.name}' has no input '{min(unknown)}', only "
             f"{', '.join(repr(tensor.name) for tensor in metadata.inputs)}"
         )
@@ -172,7 +196,7 @@ def _shape(spec: ModelSpec, tensor: Any) -> list[int]:
     if len(wanted) == len(dims) - 1:
         wanted = (spec.batch_size, *wanted)
     if len(wanted) != len(dims) or any(b >= 0 and a != b for a, b in zip(wanted, dims, strict=True)):
-        raise TargetError(f"model '{spec.name}', input '{tensor.name}': --shape {wanted} doesn't fit {dims}")
+        raise RequestError(f"model '{spec.name}', input '{tensor.name}': --shape {wanted} doesn't fit {dims}")
     return list(wanted)
 
 
@@ -180,7 +204,7 @@ def random_tensor(random: np.random.Generator, tensor: Any, count: int) -> bytes
     """So many elements of an input's datatype, as they are on the wire.
 
     Raises:
-        TargetError: the datatype is none that this can make.
+        RequestError: the datatype is none that this can make.
     """
     if tensor.datatype in _FLOATS:
         return random.random(count).astype(_FLOATS[tensor.datatype]).tobytes()
@@ -194,7 +218,7 @@ def random_tensor(random: np.random.Generator, tensor: Any, count: int) -> bytes
         return random.random(count).astype("<f4").view("<u2")[1::2].tobytes()
     if tensor.datatype == "BYTES":
         return _text(b"text") * count
-    raise TargetError(f"input '{tensor.name}': no random tensor for datatype {tensor.datatype}")
+    raise RequestError(f"input '{tensor.name}': no random tensor for datatype {tensor.datatype}")
 
 
 def _text(content: bytes) -> bytes:
@@ -207,11 +231,13 @@ def _rows_of_file(path: Path, first: int, count: int) -> dict[str, NDArray[Any]]
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError) as error:
-        raise TargetError(f"data '{path}': expected an .npz file of arrays by input name: {error}") from error
+        raise RequestError(
+            f"data '{path}': expected an .npz file of arrays by input name: {error}"
+        ) from error
     if golden := {name.removeprefix("input."): a for name, a in arrays.items() if name.startswith("input.")}:
         arrays = golden
     if not arrays or any(not array.ndim or not len(array) for array in arrays.values()):
-        raise TargetError(f"data '{path}': expected arrays with rows along the first axis")
+        raise RequestError(f"data '{path}': expected arrays with rows along the first axis")
     return {
         name: array.take(range(first, first + count), axis=0, mode="wrap") for name, array in arrays.items()
     }
@@ -226,7 +252,7 @@ def _as_tensor(spec: ModelSpec, tensor: Any, array: NDArray[Any]) -> tuple[list[
     if tensor.datatype not in _NUMBERS or not np.can_cast(
         array.dtype, _NUMBERS[tensor.datatype], "same_kind"
     ):
-        raise TargetError(
+        raise RequestError(
             f"data '{spec.data}': '{tensor.name}' is {array.dtype}, the model takes {tensor.datatype}"
         )
     return list(array.shape), array.astype(_NUMBERS[tensor.datatype]).tobytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loadtest.conditions import OF_SERVER, value_of
@@ -80,7 +80,9 @@ def run(
     load = make_load(settings, setting.models, seed)
     if settings.warmup and (settings.rates or not settings.open_loop):
         warmup = warmup_of(settings)
-        setting.generator.run(make_load(warmup, setting.models, seed + 1_000_003), warmup.duration)
+        load_before = make_load(warmup, setting.models, seed + 1_000_003)
+        if setting.generator.run(load_before, warmup.duration).interrupted:
+            raise KeyboardInterrupt
     return _measure(setting, settings, load, seed=seed, capacity=capacity)
 
 
@@ -100,15 +102,29 @@ def _measure(
             memory = MemoryWatch(setting.metrics_url, seconds / _MEMORY_LOOKS)
             stack.enter_context(memory)
         recording = setting.generator.run(load, seconds, setting.show)
+    if settings.queries and len(recording.samples):  # it may have ended before its time
+        ended = float(recording.samples.done.max()) / 1e9
+        recording = replace(recording, seconds=min(seconds, ended))
     extras, notes = _meanwhile(reloading, memory)
     if capacity:
         total = figures_of(recording.samples, recording.seconds)
-        extras["goodput_ratio"] = total.goodput(settings.limit_ms) / capacity
+        # A deadline counts from the sending; what a user gets in time counts from the schedule.
+        extras["goodput_ratio"] = total.goodput(settings.limit_ms or settings.timeout * 1e3) / capacity
     after = take_snapshot(setting.questions, setting.names, setting.metrics_url)
     result = result_of(setting, settings, recording, seed=seed, load=describe(settings, load), extras=extras)
     result.notes += notes
     result.server = between(before, after)
+    result.notes += [*_open_dimensions(setting.models), *result.server.notes]
     return result
+
+
+def _open_dimensions(models: Sequence[ModelLoad]) -> list[str]:
+    return [
+        f"model '{model.spec.name}': the open dimensions of {', '.join(model.ones)} are 1, which may be far "
+        "less than what users send: name them with --shape, or give rows with --data"
+        for model in models
+        if model.ones
+    ]
 
 
 def _meanwhile(reloading: Reloading | None, memory: MemoryWatch | None) -> tuple[dict[str, float], list[str]]:

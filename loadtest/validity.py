@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 LAG_MS, LAG_OF_TARGET = 2.0, 0.1
 BUSIEST_CORE = 0.8
 ACHIEVED = 0.99
+INTERRUPTED = "it was interrupted"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def judge(
             "for as long as the run lasted, so its percentiles say how long that was"
         )
     if recording.interrupted:
-        reasons.append("it was interrupted")
+        reasons.append(INTERRUPTED)
     return Validity(tuple(reasons), lag, busiest, achieved, lag > allowed or busiest > BUSIEST_CORE)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build the unchanged Dockerfile where no image registry can be reached, and try the image:
-#   sudo deploy/docker/build_without_registry.sh             builds, starts, asks, stops; about three minutes
+#   sudo deploy/docker/build_without_registry.sh             builds, starts, asks, stops; three minutes on two idle cores
 #   sudo deploy/docker/build_without_registry.sh COMMAND...  runs COMMAND with that engine, in place of the tests
 # It needs Debian with its package mirror and Python's index, as apt and pip are set up here, root, and 3 GB. A private
 # Docker Engine (Debian's packages, unpacked, not installed) runs in a folder that is removed at the end, with
@@ -55,10 +55,18 @@ unpack_engine() { # into $KEPT/engine, once
   (
     cd "$WORK"
     apt-get "${options[@]}" download docker.io docker-cli docker-compose docker-buildx containerd tini prometheus
-    apt-get -qq -o APT::Sandbox::User=root download runc # this release's own: it must fit this C library
+    # This release's own, which must fit its C library. iptables is for the names of services, which Docker answers
+    # by a rule inside each container.
+    apt-get -qq -o APT::Sandbox::User=root download runc iptables libxtables12 libip4tc2 libip6tc2 libnftnl11 libmnl0
     for package in ./*.deb; do dpkg -x "$package" "$KEPT/engine"; done
     rm ./*.deb
   )
+  local libraries
+  libraries=$(dirname "$KEPT"/engine/usr/lib/*/xtables)
+  printf '%s\n' '#!/bin/sh' "LD_LIBRARY_PATH=$libraries XTABLES_LIBDIR=$libraries/xtables" \
+    "export LD_LIBRARY_PATH XTABLES_LIBDIR" "exec $KEPT/engine/usr/sbin/xtables-nft-multi iptables \"\$@\"" \
+    >"$KEPT/engine/usr/sbin/iptables"
+  chmod +x "$KEPT/engine/usr/sbin/iptables"
   touch "$KEPT/engine/complete"
 }
 

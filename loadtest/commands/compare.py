@@ -43,9 +43,15 @@ def _compare(options: argparse.Namespace) -> int:
     for name, result in (("before", before), ("after", after)):
         for reason in result.validity.reasons:
             print(f"INVALID, {name}: {reason}")
+    for name, result in (("before", before), ("after", after)):
+        if result.total.failed:
+            print(f"ERRORS, {name}: {result.total.failed} of {result.total.offered}; the rest is compared")
     for note in _differences(before, after):
         print(f"note: {note}")
     failed = [_failed(changes, *limit) for limit in limits]
+    if limits and not (before.validity.valid and after.validity.valid):
+        print("verdict: INVALID")
+        return 3
     return 1 if any(failed) else 0
 
 

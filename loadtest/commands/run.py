@@ -65,4 +65,5 @@ def finish(result: RunResult, options: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandError(f"the report: {error}") from error
     sys.stdout.flush()
-    return STATUS[result.verdict]
+    # Who asks for no verdict is told in the report that the figures can't be believed.
+    return STATUS[result.verdict] if result.conditions or result.verdict == "failed" else 0

@@ -20,6 +20,7 @@ from loadtest.run import check, describe_target, run
 from loadtest.search import Found, Probe, Search
 from loadtest.settings import SettingsError
 from loadtest.target import add_target_flags
+from loadtest.validity import INTERRUPTED
 
 if TYPE_CHECKING:
     from loadtest.result import RunResult
@@ -107,8 +108,8 @@ class _Prober:
         settings = replace(self._settings, rates=(rate,), duration=seconds)
         with self._session.progress(settings) as setting:
             result = run(setting, settings, seed)
-        if result.validity.reasons and "interrupted" in result.validity.reasons[-1]:
-            raise CommandError("interrupted")
+        if INTERRUPTED in result.validity.reasons:
+            raise KeyboardInterrupt
         probe = _judged(result, settings, rate)
         times = f"p50 {probe.p50:.3f} ms  p99 {probe.p99:.3f} ms"
         print(f"{rate:10.1f}/s  {times}  {probe.why or 'kept'}", flush=True)

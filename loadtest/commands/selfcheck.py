@@ -54,11 +54,14 @@ def _check(options: argparse.Namespace) -> int:
         )
         ceiling = Search(check.probe, _PRECISION, 1).run(_FIRST_RATE, _MOST)
     last = next((probe.why for probe in reversed(ceiling.probes) if not probe.kept), "nothing broke it")
+    if ceiling.rate < _FIRST_RATE / 8:
+        print(f"ceiling: none that can be believed: {last}")
+        return 1
     print(
         f"ceiling: {ceiling.rate:.0f} requests/s with {options.processes} "
         f"process{'es' if options.processes > 1 else ''}; beyond it: {last}"
     )
-    return 0 if ceiling.rate else 1
+    return 0
 
 
 def _rows(alone: Figures, check: _Check) -> list[list[str]]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from loadtest.conditions import ConditionError
 from loadtest.flags import metrics_url_of
 from loadtest.generator import LoadGenerator
-from loadtest.payload import load_of
+from loadtest.payload import RequestError, load_of
 from loadtest.result import ResultError
 from loadtest.run import Setting
 from loadtest.scenario import describe, make_load
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loadtest.settings import LoadSettings
 
 ASKED_WRONGLY = 2
+INTERRUPTED = 130  # a shell's status of a program that Ctrl-C ended
 
 
 class CommandError(Exception):
@@ -38,12 +39,15 @@ def guarded(name: str, work: Callable[[], int]) -> int:
     """Do a command's work; what goes wrong is one line on stderr, not a traceback."""
     try:
         return work()
-    except (SettingsError, ConditionError, ScheduleError) as error:
+    except (SettingsError, ConditionError, ScheduleError, RequestError, ResultError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return ASKED_WRONGLY
-    except (TargetError, ResultError, CommandError) as error:
+    except (TargetError, CommandError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 class Session:

@@ -13,15 +13,19 @@ from loadtest.commands.session import Session, guarded
 from loadtest.flags import settings_of, specs_of
 from loadtest.overload import run_overload
 from loadtest.own_server import own_server
+from loadtest.payload import load_of
 from loadtest.report.csv_file import write_csv
 from loadtest.report.html import write_html
 from loadtest.report.terminal import condition_line, failures, table
 from loadtest.result import write_result
 from loadtest.run import run
 from loadtest.settings import SettingsError
-from loadtest.target import add_target_flags
+from loadtest.target import Questions, add_target_flags, target_of
+from loadtest.validity import INTERRUPTED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loadtest.result import RunResult
 
 _SERVER_FLAGS = ("url", "token_file", "root_cert", "client_cert", "client_key", "ssl_server_name", "wait")
@@ -62,6 +66,7 @@ def _run_all(options: argparse.Namespace) -> int:
     runs = [(name, _run_options(name, given, options)) for name, given in read_suite(options.file)]
     rows = [["run", "requests/s", "p50 ms", "p99 ms", "errors", "verdict"]]
     statuses = []
+    _check_runs(runs)
     for name, chosen in runs:
         print(f"== {name}", flush=True)
         result = _run(chosen, options.retries)
@@ -74,6 +79,9 @@ def _run_all(options: argparse.Namespace) -> int:
             print(f"INVALID: {reason}")
         rows.append(_row(name, result))
         statuses.append(run_command.STATUS[result.verdict])
+        if INTERRUPTED in result.validity.reasons:
+            print(f"\n{table(rows)}")
+            raise KeyboardInterrupt
     status = 1 if 1 in statuses else max(statuses)
     print(f"\n{table(rows)}\n\nverdict: {'PASSED' if not status else 'FAILED' if status == 1 else 'INVALID'}")
     return status
@@ -100,6 +108,19 @@ def read_suite(path: Path) -> list[tuple[str, dict[str, Any]]]:
         raise SettingsError(f"suite '{path}' has no [[run]]")
     named = [({**defaults, **given}, n) for n, given in enumerate(runs)]
     return [(str(given.pop("name", given.get("model", n))), given) for given, n in named]
+
+
+def _check_runs(runs: Sequence[tuple[str, argparse.Namespace]]) -> None:
+    """Find out now what would end the suite in the middle: a name twice, a model that isn't there."""
+    names = [name for name, _ in runs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise SettingsError(f"two runs are called '{twice}': give them a name each")
+    for _, chosen in runs:
+        with Questions(target_of(chosen)) as questions:
+            if chosen.wait:
+                questions.wait_until_ready(chosen.wait)
+            for spec in specs_of(chosen):
+                load_of(questions, spec)
 
 
 def _run_options(name: str, given: dict[str, Any], options: argparse.Namespace) -> argparse.Namespace:
@@ -131,7 +152,8 @@ def _run(chosen: argparse.Namespace, retries: int) -> RunResult:
             with session.progress(settings) as setting:
                 runner = run_overload if settings.scenario == "overload" else run
                 result = runner(setting, settings)
-            if result.verdict != "invalid" or retries <= 0:
+            over = retries <= 0 or INTERRUPTED in result.validity.reasons
+            if result.verdict != "invalid" or over:
                 return result
             print(f"once more: {result.validity.reasons[0]}", flush=True)
             retries -= 1

@@ -53,13 +53,19 @@ def _counts(result: RunResult) -> str:
     lines = [
         _line("requests answered", f"{total.answered} of {total.offered}"),
         _line("throughput", f"{total.throughput:.1f} requests/s"),
-        _line("mean", f"{total.latency.mean:.3f} ms"),
-        *(_line(f"p{p:g}", f"{total.latency.percentile(p):.3f} ms{_bound(result, p)}") for p in PERCENTILES),
-        _line("max", f"{total.latency.max:.3f} ms"),
+        *(_times(result) if total.answered else ()),
         *failures(result),
     ]
     lines += [_line(name, f"{value:.4g}") for name, value in result.extras.items()]
     return "\n".join(lines)
+
+
+def _times(result: RunResult) -> list[str]:
+    latency = result.total.latency
+    percentiles = (
+        _line(f"p{p:g}", f"{latency.percentile(p):.3f} ms{_bound(result, p)}") for p in PERCENTILES
+    )
+    return [_line("mean", f"{latency.mean:.3f} ms"), *percentiles, _line("max", f"{latency.max:.3f} ms")]
 
 
 def failures(result: RunResult) -> list[str]:
@@ -121,7 +127,7 @@ def _server(result: RunResult) -> str:
     """What the server itself counted, the mean of a request: what is missing to the client's is transport."""
     models = {name: side for name, side in result.server.models.items() if side.requests}
     if not models:
-        return "\n".join(f"server: {note}" for note in result.server.notes)
+        return ""
     header = [
         "server, mean ms",
         "requests",

@@ -244,7 +244,7 @@ def test_a_server_that_dies_in_the_middle_is_reported(
     assert (process.returncode, "Traceback" in errors + output) == (1, False), errors
     assert reported(output, "  UNAVAILABLE") > 0
     assert reported(output, "requests answered") >= 50 - 1
-    assert "server: statistics of 'tiny'" in output
+    assert "note: statistics of 'tiny'" in output
 
 
 def test_a_server_that_is_down_is_one_line() -> None:

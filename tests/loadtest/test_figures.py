@@ -197,13 +197,24 @@ def test_csv_is_appended_with_one_header(tmp_path: Path) -> None:
 
 def test_the_verdict_of_a_run_that_can_not_be_believed_is_none() -> None:
     late = result_of(samples_of(EVERY_10_MS, np.full(1000, 30 * MS), lag=3 * MS), 10.0)
-    assert late.verdict == "passed"  # nothing was asked
+    assert late.verdict == "invalid"
     late.conditions = [Checked("p99>50ms", 30.0, failed=False)]
     assert late.verdict == "invalid"
     late.conditions = [Checked("p99>20ms", 30.0, failed=True)]
     assert late.verdict == "invalid"  # the generator was 3 ms late itself
     late.conditions = [Checked("errors>0", 1.0, failed=True, of_server=True)]
     assert late.verdict == "failed"
+    assert result_of(Samples(), 10.0).verdict == "invalid"
     good = result_of(samples_of(EVERY_10_MS, np.full(1000, 30 * MS)), 10.0)
+    assert good.verdict == "passed"
     good.conditions = [Checked("p99>20ms", 30.0, failed=True)]
     assert good.verdict == "failed"
+
+
+def test_errors_fail_a_run_unless_a_condition_says_how_many_may_be() -> None:
+    status = [14 if n % 4 else 0 for n in range(1000)]  # as of a server that was killed
+    result = result_of(samples_of(EVERY_10_MS, np.full(1000, 5 * MS), status=status), 10.0)
+    result.conditions = [Checked("p99>20ms", 5.0, failed=False)]
+    assert result.verdict == "failed"
+    result.conditions.append(Checked("errors>90%", 0.75, failed=False, of_server=True))
+    assert result.verdict == "passed"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from loadtest.payload import ModelSpec, load_of, request_bytes
+from loadtest.payload import ModelSpec, RequestError, load_of, request_bytes
 from loadtest.target import Questions, Target, TargetError
 from serve.pb import grpc_service_pb2 as pb
 from serve.protocol.codec import decode_infer_request
@@ -72,13 +72,13 @@ def test_a_file_that_does_not_fit_is_refused(
     questions: Questions, tmp_path: Path, content: dict[str, Any], message: str
 ) -> None:
     np.savez(tmp_path / "rows.npz", **content)
-    with pytest.raises(TargetError, match=message):
+    with pytest.raises(RequestError, match=message):
         load_of(questions, ModelSpec("tiny", data=tmp_path / "rows.npz"))
 
 
 def test_a_file_that_is_none_is_refused(questions: Questions, tmp_path: Path) -> None:
     (tmp_path / "rows.npz").write_text("nothing")
-    with pytest.raises(TargetError, match=r"rows\.npz"):
+    with pytest.raises(RequestError, match=r"rows\.npz"):
         load_of(questions, ModelSpec("tiny", data=tmp_path / "rows.npz"))
 
 
@@ -98,7 +98,7 @@ def test_open_dimensions_are_the_users() -> None:
     spec = ModelSpec("m", batch_size=2, shapes={"ids": (64,), "image": (1, 3, 8, 8)})
     decoded = decode_infer_request(load_of(questions, spec).requests[0])
     assert [tensor.array.shape for tensor in decoded.inputs] == [(2, 64), (1, 3, 8, 8)]
-    with pytest.raises(TargetError, match="doesn't fit"):
+    with pytest.raises(RequestError, match="doesn't fit"):
         load_of(questions, ModelSpec("m", shapes={"image": (4, 8, 8)}))
 
 
