@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loadtest.tensors import INTEGER_END, NUMBERS, RequestError, add_tensor, random_tensor, text_element
 from serve.pb import grpc_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -19,14 +19,6 @@ if TYPE_CHECKING:
 
     from loadtest.target import Questions
 
-_FLOATS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
-_INTEGERS = {
-    **{f"UINT{bits}": f"<u{bits // 8}" for bits in (8, 16, 32, 64)},
-    **{f"INT{bits}": f"<i{bits // 8}" for bits in (8, 16, 32, 64)},
-}
-_NUMBERS = {**_FLOATS, **_INTEGERS, "BOOL": "u1"}
-# Indices into a vocabulary or a set of classes are the usual integers; small ones are legal for most models.
-_INTEGER_END = 32
 # Different requests in turn, so that a server that remembers answers or prefixes gains nothing by it.
 VARIANTS = 16
 _VARIANT_BYTES = 16 << 20
@@ -41,10 +33,6 @@ _PROMPTS = (
     "My good friend", "No one came", "Over the hills", "Please tell me",
 )  # fmt: skip
 _GENERATED = ("text_output", "output_ids")
-
-
-class RequestError(Exception):
-    """A model can't be asked what was asked for; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -175,16 +163,11 @@ def _request(
         )
     for tensor in metadata.inputs:
         if tensor.name in arrays:
-            _add(request, tensor, *_as_tensor(spec, tensor, arrays[tensor.name]))
+            add_tensor(request, tensor, *_as_tensor(spec, tensor, arrays[tensor.name]))
         elif tensor.name not in optional:
             shape = _shape(spec, tensor)
-            _add(request, tensor, shape, random_tensor(random, tensor, prod(shape)))
+            add_tensor(request, tensor, shape, random_tensor(random, tensor, prod(shape)))
     return request
-
-
-def _add(request: pb.ModelInferRequest, tensor: Any, shape: list[int], raw: bytes) -> None:
-    request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=shape)
-    request.raw_input_contents.append(raw)
 
 
 def _shape(spec: ModelSpec, tensor: Any) -> list[int]:
@@ -198,31 +181,6 @@ def _shape(spec: ModelSpec, tensor: Any) -> list[int]:
     if len(wanted) != len(dims) or any(b >= 0 and a != b for a, b in zip(wanted, dims, strict=True)):
         raise RequestError(f"model '{spec.name}', input '{tensor.name}': --shape {wanted} doesn't fit {dims}")
     return list(wanted)
-
-
-def random_tensor(random: np.random.Generator, tensor: Any, count: int) -> bytes:
-    """So many elements of an input's datatype, as they are on the wire.
-
-    Raises:
-        RequestError: the datatype is none that this can make.
-    """
-    if tensor.datatype in _FLOATS:
-        return random.random(count).astype(_FLOATS[tensor.datatype]).tobytes()
-    if tensor.datatype == "UINT8":
-        return random.bytes(count)
-    if tensor.datatype in _INTEGERS:
-        return random.integers(0, _INTEGER_END, count).astype(_INTEGERS[tensor.datatype]).tobytes()
-    if tensor.datatype == "BOOL":
-        return random.integers(0, 2, count).astype("u1").tobytes()
-    if tensor.datatype == "BF16":
-        return random.random(count).astype("<f4").view("<u2")[1::2].tobytes()
-    if tensor.datatype == "BYTES":
-        return _text(b"text") * count
-    raise RequestError(f"input '{tensor.name}': no random tensor for datatype {tensor.datatype}")
-
-
-def _text(content: bytes) -> bytes:
-    return struct.pack("<I", len(content)) + content
 
 
 def _rows_of_file(path: Path, first: int, count: int) -> dict[str, NDArray[Any]]:
@@ -248,14 +206,12 @@ def _as_tensor(spec: ModelSpec, tensor: Any, array: NDArray[Any]) -> tuple[list[
         elements = (
             item if isinstance(item, bytes) else str(item).encode() for item in array.ravel().tolist()
         )
-        return list(array.shape), b"".join(map(_text, elements))
-    if tensor.datatype not in _NUMBERS or not np.can_cast(
-        array.dtype, _NUMBERS[tensor.datatype], "same_kind"
-    ):
+        return list(array.shape), b"".join(map(text_element, elements))
+    if tensor.datatype not in NUMBERS or not np.can_cast(array.dtype, NUMBERS[tensor.datatype], "same_kind"):
         raise RequestError(
             f"data '{spec.data}': '{tensor.name}' is {array.dtype}, the model takes {tensor.datatype}"
         )
-    return list(array.shape), array.astype(_NUMBERS[tensor.datatype]).tobytes()
+    return list(array.shape), array.astype(NUMBERS[tensor.datatype]).tobytes()
 
 
 def _generates(metadata: pb.ModelMetadataResponse) -> bool:
@@ -279,15 +235,15 @@ def _add_prompt(
         prompts = spec.prompts or _PROMPTS
         values["text_input"] = prompts[variant % len(prompts)]
     else:
-        ids = np.random.default_rng(variant).integers(0, _INTEGER_END, 16)
-        _add(
+        ids = np.random.default_rng(variant).integers(0, INTEGER_END, 16)
+        add_tensor(
             request, inputs["input_ids"], _one_row(inputs["input_ids"], len(ids)), ids.astype("<i8").tobytes()
         )
     for name, value in values.items():
         if name in inputs:
             tensor = inputs[name]
-            raw = _text(value.encode()) if tensor.datatype == "BYTES" else _number(tensor, value)
-            _add(request, tensor, _one_row(tensor, 1), raw)
+            raw = text_element(value.encode()) if tensor.datatype == "BYTES" else _number(tensor, value)
+            add_tensor(request, tensor, _one_row(tensor, 1), raw)
     answered = {tensor.name for tensor in metadata.outputs}
     for name in (_GENERATED[0] if "text_input" in inputs else _GENERATED[1], "num_output_tokens"):
         if name in answered:
@@ -299,4 +255,4 @@ def _one_row(tensor: Any, last: int) -> list[int]:
 
 
 def _number(tensor: Any, value: Any) -> bytes:
-    return np.array(value).astype(_NUMBERS[tensor.datatype]).tobytes()
+    return np.array(value).astype(NUMBERS[tensor.datatype]).tobytes()

@@ -11,13 +11,14 @@ from tqdm import tqdm
 from loadtest.conditions import ConditionError
 from loadtest.flags import metrics_url_of
 from loadtest.generator import LoadGenerator
-from loadtest.payload import RequestError, load_of
+from loadtest.payload import load_of
 from loadtest.result import ResultError
 from loadtest.run import Setting
 from loadtest.scenario import describe, make_load
 from loadtest.schedule import ScheduleError
 from loadtest.settings import SettingsError
 from loadtest.target import Questions, TargetError, target_of
+from loadtest.tensors import RequestError
 
 if TYPE_CHECKING:
     import argparse

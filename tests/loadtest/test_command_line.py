@@ -146,7 +146,7 @@ def test_an_overload_is_offered_a_multiple_of_the_capacity(start_stub: Callable[
         "--model=stub", "--scenario=overload", "--times=3", "--duration=2", "--timeout=0.5", f"--url={url}",
         "--fail-on=goodput_ratio>0.9",
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode in (0, 3), done.stdout + done.stderr
     assert reported(done.stdout, "  DEADLINE_EXCEEDED") > 100
     assert float(re.findall(r"capacity: ([\d.]+) requests/s", done.stdout)[0]) == pytest.approx(100, rel=0.1)
     assert reported(done.stdout, "goodput_ratio") < 0.9
@@ -332,4 +332,8 @@ def test_the_client_checks_itself() -> None:
     assert done.returncode in (0, 1), done.stderr  # 1: this machine is too busy for any rate
     assert re.search(r"^one at a time +0\.\d{3} ", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"^floor: .* \d\.\d{3} ms \(median", done.stdout, re.MULTILINE)
-    assert re.search(r"^ceiling: \d+ requests/s with 1 process; beyond it: ", done.stdout, re.MULTILINE)
+    ceiling = re.search(
+        r"^ceiling: (\d+ requests/s with 1 process; beyond it|none)", done.stdout, re.MULTILINE
+    )
+    assert ceiling
+    assert (done.returncode == 0) == (ceiling[1] != "none")

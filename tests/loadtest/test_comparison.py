@@ -78,4 +78,4 @@ def test_a_limit_that_makes_no_sense_is_refused(tmp_path: Path, limit: str) -> N
 def test_a_file_that_is_no_result_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     done = loadtest("compare", tmp_path / "a.json", tmp_path / "b.json")
-    assert (done.returncode, len(done.stderr.splitlines()), "a.json" in done.stderr) == (1, 1, True)
+    assert (done.returncode, len(done.stderr.splitlines()), "a.json" in done.stderr) == (2, 1, True)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from loadtest.payload import ModelSpec, RequestError, load_of, request_bytes
+from loadtest.payload import ModelSpec, load_of, request_bytes
 from loadtest.target import Questions, Target, TargetError
+from loadtest.tensors import RequestError
 from serve.pb import grpc_service_pb2 as pb
 from serve.protocol.codec import decode_infer_request
 from serve.protocol.datatypes import DATATYPES
