@@ -183,8 +183,7 @@ def test_workers_of_their_own_are_told_nothing_but_where_the_master_is(target: R
         # A model that isn't there ends the test, but no worker.
         assert ask(web, "/swarm", **{**form, "model": "nope"})["success"]
         until(lambda: "NOT_FOUND" in json.dumps(ask(web, "/exceptions")), "no reason was given")
-        until(lambda: ask(web, "/stats/requests")["state"] in ("stopped", "ready"), "it didn't stop")
-        until(lambda: ask(web, "/worker-count")["worker_count"] == 2, "a worker is lost")
+        report_of(web, "stopped", workers=2)
         assert ask(web, "/swarm", **form)["success"]
         row = report_of(web, "running", workers=2)["stats"][0]
         assert (row["name"], row["num_failures"]) == ("tiny", 0)
