@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import grpc
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 
 from serve.core import InferenceCore
 from serve.errors import ModelLoadError
@@ -93,7 +94,7 @@ class Server:
         The order matters: balancers look at health and stop sending; then new requests are refused with
         UNAVAILABLE, which clients retry elsewhere; then what is in flight finishes; then the port closes.
         """
-        self._health.enter_graceful_shutdown()
+        self._health.drain()
         self._core.streams.drain()
         end = time.monotonic() + self._settings.exit_timeout_secs
         drained = self._core.admission.close(self._settings.exit_timeout_secs)
@@ -138,7 +139,7 @@ class Server:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         server.add_registered_method_handlers(SERVICE, handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        add_reflection(server, (SERVICE, health.SERVICE_NAME))
+        add_reflection(server, (SERVICE, HEALTH_SERVICE))
         return server
 
 

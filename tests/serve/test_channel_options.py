@@ -17,38 +17,24 @@ from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from serve.settings import ServerSettings
 from serve.transport.channel_options import channel_options
 from tests.graphs import identity, write_model
+from tests.serve.http2 import (
+    ACK,
+    GOAWAY,
+    MAX_CONCURRENT_STREAMS,
+    MAX_HEADER_LIST_SIZE,
+    PING,
+    SETTINGS,
+    Connection,
+    frame,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.conftest import RunningServer
 
-SETTINGS, PING, GOAWAY = 4, 6, 7
-ACK = 1
-MAX_CONCURRENT_STREAMS, MAX_HEADER_LIST_SIZE = 3, 6
 ENHANCE_YOUR_CALM = 11
-
-
-class Connection:
-    """HTTP/2 without any stream."""
-
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
-        self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS))
-
-    def send(self, data: bytes) -> None:
-        self._socket.sendall(data)
-
-    def frames(self) -> Iterator[tuple[int, int, bytes]]:
-        """(type, flags, payload) of what comes, until the server closes."""
-        with self._socket, self._socket.makefile("rb") as stream:
-            while len(head := stream.read(9)) == 9:
-                yield head[3], head[4], stream.read(int.from_bytes(head[:3]))
-
-
-def frame(kind: int, payload: bytes = b"") -> bytes:
-    return len(payload).to_bytes(3) + bytes([kind, 0]) + bytes(4) + payload
 
 
 def ping(number: int) -> bytes:
