@@ -87,7 +87,7 @@ inside() { # run a command in the container
   local leader
   leader=$(cat "/sys/fs/cgroup/$group"/*/payload/init.scope/cgroup.procs 2> /dev/null)
   nsenter --target "${leader:-none}" --mount --uts --ipc --net --pid --cgroup --wdns=/root env -i HOME=/root \
-    PATH=/usr/sbin:/usr/bin:/sbin:/bin PIP_NO_INDEX=1 PIP_FIND_LINKS=/root/packages "$@"
+    PATH=/usr/sbin:/usr/bin:/sbin:/bin PIP_NO_INDEX=1 PIP_FIND_LINKS=packages "$@"
 }
 until_it_works() { # seconds, command...: try each half second
   local end=$((SECONDS + $1))
