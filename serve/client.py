@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 
-from serve.client_connection import add_connection_flags, describe, open_channel
+from serve.client_connection import add_connection_flags, check_connection, describe, open_channel
 from serve.model.pixels import in_8_bits
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
@@ -56,9 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     except (InferError, OSError) as error:
         print(f"onnxedge infer: {error}", file=sys.stderr)
         return 1
-    for text in scores:
-        score, index, *label = text.decode().split(":", 2)
-        print(f"{float(score):10.4f}  {label[0] if label else index}")
+    lines = (text.decode().split(":", 2) for text in scores)
+    print("\n".join(f"{float(score):10.4f}  {label[0] if label else i}" for score, i, *label in lines))
     return 0
 
 
@@ -76,7 +75,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="what a float input wants its pixels to be: as they are, 0 to 1, -1 to 1, ImageNet's mean 0",
     )
     add_connection_flags(parser, timeout=30.0)
-    return parser.parse_args(arguments)
+    return check_connection(parser, parser.parse_args(arguments))
 
 
 def classify_image(stub: Any, options: argparse.Namespace) -> list[bytes]:

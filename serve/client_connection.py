@@ -7,6 +7,8 @@ from pathlib import Path
 
 import grpc
 
+_LONGEST_TIMEOUT = 1e9  # seconds; gRPC takes far more, and infinity, for a deadline that has passed
+
 
 def add_connection_flags(parser: argparse.ArgumentParser, timeout: float) -> None:
     """Add the flags that say which server, which version of the model, and how to get there.
@@ -62,6 +64,17 @@ def _header(text: str) -> tuple[str, str]:
     return name.strip().lower(), value.strip()
 
 
+def check_connection(parser: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.Namespace:
+    """End the process with a message where the flags of a connection don't fit together; the flags."""
+    if bool(options.client_cert) != bool(options.client_key):
+        parser.error("--client-cert and --client-key go together: a certificate and the key to it")
+    if not 0 < options.timeout <= _LONGEST_TIMEOUT:
+        parser.error(f"--timeout: expected above 0 and up to {_LONGEST_TIMEOUT:g}, got {options.timeout:g}")
+    if options.url.startswith(("http://", "https://", "grpc://", "grpcs://")):
+        parser.error(f"--url is {options.url!r}, expected HOST:PORT, without a scheme")
+    return options
+
+
 def open_channel(options: argparse.Namespace) -> grpc.Channel:
     """A channel to the server that the flags name; it connects when it is used.
 
@@ -69,7 +82,7 @@ def open_channel(options: argparse.Namespace) -> grpc.Channel:
         OSError: a certificate's file can't be read.
     """
     files = (options.root_cert, options.client_key, options.client_cert)
-    if not (options.ssl or any(files)):
+    if not _with_tls(options):
         return grpc.insecure_channel(options.url)
     read = (path.read_bytes() if path else None for path in files)
     names = [("grpc.ssl_target_name_override", options.ssl_server_name)] if options.ssl_server_name else []
@@ -78,4 +91,17 @@ def open_channel(options: argparse.Namespace) -> grpc.Channel:
 
 def describe(error: grpc.RpcError, options: argparse.Namespace) -> str:
     """A failed call in one line: server, status, what the server said."""
-    return f"{options.url}: {error.code().name}: {' '.join((error.details() or '').split())}"
+    details = " ".join((error.details() or "").split())
+    if details == "Socket closed" and not _with_tls(options):
+        details += " (if the server has TLS: --ssl or --root-cert)"
+    return f"{options.url}: {error.code().name}: {details}"
+
+
+def _with_tls(options: argparse.Namespace) -> bool:
+    return bool(
+        options.ssl
+        or options.root_cert
+        or options.client_cert
+        or options.client_key
+        or options.ssl_server_name
+    )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ENVIRONMENT_PREFIX = "ONNXEDGE_"
 _STRICT = "strict_model_config"
 _NEAR = 0.8
+_NEAR_VARIABLE = 0.75
 _BOOLEANS = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False}
 _BOOLEANS["no"] = False
 
@@ -137,7 +138,8 @@ def parse_server_settings(
     takes several folders with the platform's path separator between them, other variables one value.
 
     Returns:
-        the settings, and a warning for each flag of Triton's that was given and changes nothing here.
+        the settings, and a warning for each flag of Triton's that was given and changes nothing here, and for
+        each variable that looks like a misspelt one.
 
     Raises:
         SettingsError: a flag is unknown, or a value can't be used.
@@ -149,6 +151,7 @@ def parse_server_settings(
     warnings = [
         f"{flag} has no effect: {reason}" for flag, reason in WITHOUT_EFFECT.items() if given.pop(flag, None)
     ]
+    warnings += _misspelt(environment)
     if given.pop(_STRICT, False):  # Triton's old name
         given["disable_auto_complete_config"] = True
     values: dict[str, Any] = {
@@ -180,3 +183,16 @@ def _environment_arguments(environment: Mapping[str, str]) -> list[str]:
         parts = text.split(os.pathsep) if setting.name == "model_repository" else [text]
         arguments += [f"--{flag_of(setting.name)}={part}" for part in parts]
     return arguments
+
+
+def _misspelt(environment: Mapping[str, str]) -> list[str]:
+    """What the server doesn't read, though its name is nearly that of a setting's variable."""
+    known = [setting.name.upper() for setting in fields(ServerSettings)]
+    warnings = []
+    for variable in environment:
+        name = variable.removeprefix(ENVIRONMENT_PREFIX)
+        if name in (variable, *known):
+            continue
+        if near := difflib.get_close_matches(name, known, 1, _NEAR_VARIABLE):
+            warnings.append(f"{variable} has no effect: did you mean {ENVIRONMENT_PREFIX}{near[0]}?")
+    return warnings

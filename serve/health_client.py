@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from serve.client_connection import add_channel_flags, describe, open_channel
+from serve.client_connection import add_channel_flags, check_connection, describe, open_channel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,6 +60,7 @@ def _parse(arguments: Sequence[str], environment: Mapping[str, str]) -> argparse
     parser.add_argument("service", nargs="?", default="", help="a model's name (default: the whole server)")
     parser.add_argument(
         "--token-file",
+        "--auth-token-file",
         type=Path,
         default=environment.get("ONNXEDGE_AUTH_TOKEN_FILE"),
         metavar="FILE",
@@ -67,7 +68,11 @@ def _parse(arguments: Sequence[str], environment: Mapping[str, str]) -> argparse
     )
     port = environment.get("ONNXEDGE_GRPC_PORT", _DEFAULT_PORT)
     add_channel_flags(parser, timeout=3.0, url=f"localhost:{port}")
-    return parser.parse_args([*shlex.split(environment.get(_FLAGS, "")), *arguments])
+    try:
+        flags = shlex.split(environment.get(_FLAGS, ""))
+    except ValueError as error:
+        parser.error(f"{_FLAGS} is {environment[_FLAGS]!r}: {error}")
+    return check_connection(parser, parser.parse_args([*flags, *arguments]))
 
 
 def _bearer(path: Path | None) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,9 @@ class ServerSettings:
     auth_token_file: str = _setting(
         "", "file of bearer tokens, one a line; a request without one of them is refused"
     )
+    auth_health: bool = _setting(
+        default=True, text="grpc.health.v1 needs a token, too; false for probes and balancers that have none"
+    )
     grpc_restricted_protocol: tuple[str, ...] = _setting(
         (), "GROUP[,GROUP]:KEY=VALUE: these groups of RPCs need this header; may be given more than once"
     )
@@ -175,6 +179,10 @@ class ServerSettings:
         for folder in self.model_repository:
             if not folder.is_dir():
                 raise SettingsError(f"--model-repository {folder} is not a folder")
+            if not os.access(folder, os.R_OK | os.X_OK):
+                raise SettingsError(
+                    f"--model-repository {folder} can't be read by user {os.getuid()}: chmod -R a+rX it"
+                )
 
     def _check_values(self) -> None:
         for name in ("grpc_port", "metrics_port"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from serve.client_connection import add_connection_flags, describe, open_channel
+from serve.client_connection import add_connection_flags, check_connection, describe, open_channel
 from serve.errors import ServeError
 from serve.generate_client.call import Connection, ask, find_model, streams
 from serve.generate_client.messages import GenerateError, Question, make_request, read_answer
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 MAX_TOKENS, TEMPERATURE, TOP_P = 128, 0.8, 0.95
 _FLAGS = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
 _TIMEOUT = 300.0
-_LONGEST_TIMEOUT = 1e9  # seconds; gRPC takes far more, and infinity, for a deadline that has passed
 _BY_SIGNAL = 128  # and its number: a shell's status of a program that a signal ended
 
 
@@ -72,9 +71,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)  # the prompt may come after flags
     if options.prompt is None and sys.stdin.isatty():
         parser.error("give a prompt, or pipe one in")
-    if not 0 < options.timeout <= _LONGEST_TIMEOUT:
-        parser.error(f"--timeout: expected above 0 and up to {_LONGEST_TIMEOUT:g}, got {options.timeout:g}")
-    return options
+    return check_connection(parser, options)
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:

@@ -65,6 +65,19 @@ def test_model_repository_may_be_given_more_than_once(tmp_path: Path) -> None:
     assert settings.model_repository == (tmp_path, tmp_path / "b")
 
 
+def test_a_misspelt_variable_is_named(tmp_path: Path) -> None:
+    environment = {
+        "ONNXEDGE_MODEL_REPOSITORY": str(tmp_path),
+        "ONNXEDGE_GRPC_PROT": "9",
+        "ONNXEDGE_PORT_8001_TCP": "tcp://10.0.0.1:8001",
+        "ONNXEDGE_HEALTH_FLAGS": "--ssl",
+        "GRPC_PORTS": "9",
+    }
+    assert parse_server_settings([], environment)[1] == [
+        "ONNXEDGE_GRPC_PROT has no effect: did you mean ONNXEDGE_GRPC_PORT?"
+    ]
+
+
 def test_flags_win_over_the_environment(tmp_path: Path) -> None:
     environment = {
         "ONNXEDGE_MODEL_REPOSITORY": str(tmp_path),

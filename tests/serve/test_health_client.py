@@ -119,3 +119,27 @@ def test_a_token_file_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("# nobody\n")
     empty = health("--token-file", tmp_path / "empty")
     assert (empty.returncode, "holds no token" in empty.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--client-cert", "client.pem"], "--client-cert and --client-key go together"),
+        (
+            ["--client-key", "client.key", "--root-cert", "ca.pem"],
+            "--client-cert and --client-key go together",
+        ),
+        (["--timeout", "0"], "--timeout: expected above 0"),
+        (["--url", "http://localhost:8001"], "expected HOST:PORT"),
+    ],
+)
+def test_flags_that_cannot_be_are_said(words: list[str], said: str) -> None:
+    done = health(*words)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_variable_that_is_no_command_line_is_named() -> None:
+    done = health(ONNXEDGE_HEALTH_FLAGS="--header 'x")
+    assert done.returncode == 2
+    assert "ONNXEDGE_HEALTH_FLAGS" in done.stderr.splitlines()[-1]

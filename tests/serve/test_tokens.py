@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from serve.pb import grpc_service_pb2 as pb
 from serve.pb.grpc_service_pb2_grpc import GRPCInferenceServiceStub
@@ -18,7 +21,6 @@ from tests.graphs import scaled, write_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from tests.conftest import RunningServer
 
@@ -182,3 +184,24 @@ def test_only_who_sends_a_token_is_answered(server: RunningServer, file: Path) -
             assert time.monotonic() < end, "the file was not read again"
             time.sleep(0.05)  # each refusal is a line in the log, which nobody reads until the end
         assert ask(("authorization", f"Bearer {ALICE}"))[0] == "UNAUTHENTICATED"
+
+
+def test_health_is_open_where_the_flag_says_so(
+    file: Path, tmp_path: Path, serve: Callable[..., RunningServer]
+) -> None:
+    """For kubelet's probes, proxies, and `round_robin` with its health check, none of which sends a token."""
+    write_model(tmp_path / "models" / "double", scaled(2))
+    server = serve(
+        "--model-repository", tmp_path / "models", f"--auth-token-file={file}", "--auth-health=false"
+    )
+    policy = (Path(__file__).parents[2] / "deploy" / "proxy" / "round_robin.json").read_text()
+    with grpc.insecure_channel(server.url, [("grpc.service_config", policy)]) as channel:
+        health: Any = HealthStub(channel)
+        assert health.Check(HealthCheckRequest(), timeout=30).status == HealthCheckResponse.SERVING
+        stub: Any = GRPCInferenceServiceStub(channel)
+        metadata = [("authorization", f"Bearer {ALICE}")]
+        assert stub.ServerReady(pb.ServerReadyRequest(), metadata=metadata, timeout=30).ready
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.ServerReady(pb.ServerReadyRequest(), timeout=30)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    server.stop()

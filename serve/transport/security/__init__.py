@@ -38,7 +38,9 @@ class Security:
         restrictions = parse_restrictions(settings.grpc_restricted_protocol)
         secrets = tokens is not None or bool(restrictions)
         self.interceptors: list[grpc.ServerInterceptor] = (
-            [AccessInterceptor(tokens, restrictions)] if secrets else []
+            [AccessInterceptor(tokens, restrictions, health_needs_token=settings.auth_health)]
+            if secrets
+            else []
         )
         if secrets and self._credentials is None and not _is_loopback(host):
             logger.warning(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from serve.observability.occasionally import Occasionally
-from serve.transport.security.protocol_groups import GROUP_OF
+from serve.transport.security.protocol_groups import GROUP_OF, HEALTH_METHODS
 from serve.transport.security.tokens import bearer_token
 
 if TYPE_CHECKING:
@@ -27,10 +27,18 @@ class AccessInterceptor(grpc.ServerInterceptor):
     Args:
         tokens: those that are let in; None: no token is needed.
         restrictions: a group's name to the header that it needs.
+        health_needs_token: false lets grpc.health.v1 be asked without.
     """
 
-    def __init__(self, tokens: Tokens | None, restrictions: Mapping[str, Restriction]) -> None:
+    def __init__(
+        self,
+        tokens: Tokens | None,
+        restrictions: Mapping[str, Restriction],
+        *,
+        health_needs_token: bool = True,
+    ) -> None:
         self._tokens = tokens
+        self._open = () if health_needs_token else HEALTH_METHODS
         self._restrictions = restrictions
         self._no_token = _refusal(
             grpc.StatusCode.UNAUTHENTICATED,
@@ -55,7 +63,7 @@ class AccessInterceptor(grpc.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """The method's handler, or one that refuses. Runs on gRPC's own thread: must not wait."""
         metadata = handler_call_details.invocation_metadata or ()
-        if self._tokens is not None:
+        if self._tokens is not None and handler_call_details.method not in self._open:
             token = bearer_token(metadata)
             if token is None:
                 return self._no_token

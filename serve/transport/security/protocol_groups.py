@@ -42,7 +42,8 @@ GROUPS = tuple(_RPCS)
 
 GROUP_OF: dict[str, str] = {f"/{SERVICE}/{rpc}": group for group, rpcs in _RPCS.items() for rpc in rpcs}
 """A method's full name to its group."""
-GROUP_OF |= {f"/grpc.health.v1.Health/{method}": "health" for method in ("Check", "Watch", "List")}
+HEALTH_METHODS = tuple(f"/grpc.health.v1.Health/{method}" for method in ("Check", "Watch", "List"))
+GROUP_OF |= dict.fromkeys(HEALTH_METHODS, "health")
 GROUP_OF |= {
     f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo": "metadata"
     for version in ("v1", "v1alpha")
