@@ -25,7 +25,8 @@ yaml: Any = pytest.importorskip("yaml")
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-NOT_MANIFESTS = ("kustomization.yaml", "prometheus_adapter_values.yaml")
+NOT_MANIFESTS = ("kustomization.yaml", "prometheus_adapter_values.yaml", "secure/deployment.yaml")
+BY_HAND = ("copy_pod.yaml",)  # of no kustomization
 # Kinds that Kubernetes itself has no schema for: see the tests below.
 CUSTOM = ("serving.kserve.io/", "monitoring.coreos.com/")
 # The first in which all of it is there, and the newest that the validator knows.
@@ -39,7 +40,7 @@ def documents(path: Path) -> list[dict[str, Any]]:
 MANIFESTS = {
     f"{path.relative_to(KUBERNETES)}:{document['kind']}/{document['metadata']['name']}": document
     for path in sorted(KUBERNETES.rglob("*.yaml"))
-    if path.name not in NOT_MANIFESTS
+    if not str(path).endswith(NOT_MANIFESTS)
     for document in documents(path)
 }
 
@@ -52,6 +53,7 @@ def manifest(kind: str, name: str = "onnxedge") -> dict[str, Any]:
 
 DEPLOYMENT = manifest("Deployment")
 POD = DEPLOYMENT["spec"]["template"]["spec"]
+COPY_POD = manifest("Pod", "onnxedge-copy")["spec"]
 RUNTIME = manifest("ServingRuntime")
 SERVICE = manifest("InferenceService")
 CONTAINERS = {"deployment": POD["containers"][0], "kserve": RUNTIME["spec"]["containers"][0]}
@@ -93,16 +95,20 @@ def test_kserves_container_is_one_of_kubernetes(version: str) -> None:
 def test_every_manifest_can_be_applied_by_a_kustomization() -> None:
     for path in KUBERNETES.rglob("kustomization.yaml"):
         [kustomization] = documents(path)
-        here = {each.name for each in path.parent.glob("*.yaml")} - set(NOT_MANIFESTS)
-        assert here == {each for each in kustomization["resources"] if each.endswith(".yaml")}
-        assert all((path.parent / each).exists() for each in kustomization["resources"])
+        files = {str(each) for each in path.parent.glob("*.yaml") if not str(each).endswith(NOT_MANIFESTS)}
+        here = {Path(each).name for each in files} - set(BY_HAND)
+        resources = kustomization.get("resources", [])
+        assert here == {each for each in resources if each.endswith(".yaml")}
+        assert all((path.parent / each).exists() for each in resources)
 
 
 def test_versions_are_pinned_and_there_is_no_secret() -> None:
     images = [container["image"] for container in CONTAINERS.values()]
     assert images == [f"onnxedge:{__version__}"] * 2
-    [kustomization] = documents(KUBERNETES / "base" / "kustomization.yaml")
-    assert kustomization["images"] == [{"name": "onnxedge", "newTag": __version__}]
+    for folder in ("base", "kserve"):
+        [kustomization] = documents(KUBERNETES / folder / "kustomization.yaml")
+        assert kustomization["images"] == [{"name": "onnxedge", "newTag": __version__}]
+    assert re.fullmatch(r"busybox:\d+\.\d+\.\d+", COPY_POD["containers"][0]["image"])
     text = "".join(path.read_text() for path in KUBERNETES.rglob("*.yaml"))
     assert not re.search(r":latest\b|kind: Secret|password|token:", text)
     # An image that sets its own variables would not be read from the files here.
@@ -201,6 +207,13 @@ def test_kserve_is_told_the_same_in_both_files() -> None:
         model["storageUri"]
         == f"pvc://{manifest('PersistentVolumeClaim', 'onnxedge-models')['metadata']['name']}/"
     )
+
+
+def test_the_pod_that_copies_may_do_no_more_than_the_servers() -> None:
+    assert COPY_POD["securityContext"].items() <= POD["securityContext"].items()
+    assert COPY_POD["containers"][0]["securityContext"] == CONTAINERS["deployment"]["securityContext"]
+    claims = [volume.get("persistentVolumeClaim") for pod in (COPY_POD, POD) for volume in pod["volumes"]]
+    assert [claim for claim in claims if claim] == [{"claimName": "onnxedge-models"}] * 2
 
 
 @pytest.fixture(scope="module")

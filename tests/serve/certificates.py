@@ -55,10 +55,10 @@ class Authority:
         subject = ("-subj", f"/CN={folder.name}", "-days", "2")
         openssl("req", "-x509", *_NEW_KEY, "-keyout", folder / "ca.key", "-out", self.root, *subject)
 
-    def issue(self, name: str, *, starts: float = -3600, ends: float = 3600) -> Pair:
+    def issue(self, name: str, *, starts: float = -3600, ends: float = 3600, host: str = "localhost") -> Pair:
         """A certificate that is valid from and until so many seconds from now."""
         certificate, key, request = (self.folder / f"{name}.{kind}" for kind in ("pem", "key", "csr"))
-        names = ("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
+        names = ("-addext", f"subjectAltName=DNS:{host},IP:127.0.0.1")
         openssl("req", "-new", *_NEW_KEY, "-keyout", key, "-out", request, "-subj", f"/CN={name}", *names)
         now = datetime.now(UTC)
         start, end = (f"{now + timedelta(seconds=seconds):%Y%m%d%H%M%SZ}" for seconds in (starts, ends))
