@@ -92,7 +92,7 @@ def open_channel(options: argparse.Namespace) -> grpc.Channel:
 def describe(error: grpc.RpcError, options: argparse.Namespace) -> str:
     """A failed call in one line: server, status, what the server said."""
     details = " ".join((error.details() or "").split())
-    if details == "Socket closed" and not _with_tls(options):
+    if details.endswith("Socket closed") and not _with_tls(options):
         details += " (if the server has TLS: --ssl or --root-cert)"
     return f"{options.url}: {error.code().name}: {details}"
 

@@ -100,7 +100,8 @@ def test_tls_and_tokens(guarded: RunningServer, authority: Authority, token_file
         == 0
     )
     assert "UNAUTHENTICATED" in health(*url, *shown).stderr
-    assert health(*url, "--token-file", token_file).returncode == 1, "plain text where TLS is spoken"
+    plain = health(*url, "--token-file", token_file)
+    assert (plain.returncode, "--root-cert" in plain.stderr) == (1, True), "plain text where TLS is spoken"
 
 
 def test_a_certificate_for_another_name_than_the_urls(
