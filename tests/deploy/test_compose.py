@@ -106,8 +106,8 @@ def there_is_compose() -> bool:
 
 
 @pytest.fixture(scope="module")
-def validate(request: pytest.FixtureRequest) -> list[str]:
-    """The words before `--file`: of the engine's compose, or of a release that a wheel brings along."""
+def validator(request: pytest.FixtureRequest) -> list[str]:
+    """What `config` is a command of: the engine's compose, or a release that a wheel brings along."""
     if there_is_compose():
         return [DOCKER, "compose"]
     assert request.config.cache is not None
@@ -120,25 +120,23 @@ def validate(request: pytest.FixtureRequest) -> list[str]:
     return [str(folder / "compose" / "docker-compose")]
 
 
-def test_compose_understands_it(validate: list[str]) -> None:
-    done = subprocess.run(
-        [*validate, "--file", str(FILE), "config", "--format", "json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def config(validator: list[str], file: Path) -> subprocess.CompletedProcess[str]:
+    command = [*validator, "--file", str(file), "config", "--format", "json"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_compose_understands_it(validator: list[str]) -> None:
+    done = config(validator, FILE)
     assert done.returncode == 0, done.stderr
     resolved = json.loads(done.stdout)["services"]
     assert resolved.keys() == SERVICES.keys()
     assert all(service["cap_drop"] == ["ALL"] for service in resolved.values())
 
 
-def test_compose_would_say_what_it_does_not_understand(validate: list[str], tmp_path: Path) -> None:
+def test_compose_would_say_what_it_does_not_understand(validator: list[str], tmp_path: Path) -> None:
     wrong = tmp_path / "compose.yaml"
     wrong.write_text(FILE.read_text().replace("mem_limit:", "memory_limit:", 1))
-    done = subprocess.run(
-        [*validate, "--file", str(wrong), "config", "--quiet"], capture_output=True, text=True, check=False
-    )
+    done = config(validator, wrong)
     assert done.returncode != 0
     assert "memory_limit" in done.stderr
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from serve.flags import parse_server_settings
+from serve.flags import ENVIRONMENT_PREFIX, parse_server_settings
+from serve.settings import flag_of
 from tests.graphs import scaled, write_model
 from tests.serve.certificates import Authority
 
@@ -96,11 +97,9 @@ def test_its_probes_succeed_on_a_real_server(
     secrets: dict[str, str], serve: Callable[..., RunningServer], tmp_path: Path
 ) -> None:
     write_model(tmp_path / "models" / "scaled", scaled(2.0))
-    flags = [
-        f"--{name.removeprefix('ONNXEDGE_').lower().replace('_', '-')}={value}"
-        for name, value in secrets.items()
-        if name != "ONNXEDGE_HEALTH_FLAGS"
-    ]
+    variables = {name.removeprefix(ENVIRONMENT_PREFIX).lower(): value for name, value in secrets.items()}
+    del variables["health_flags"]
+    flags = [f"--{flag_of(name)}={value}" for name, value in variables.items()]
     server = serve("--model-repository", tmp_path / "models", *flags)
     environment = secrets | {"ONNXEDGE_GRPC_PORT": str(server.grpc_port), "PYTHONPATH": str(ROOT)}
     for name in PROBES:
